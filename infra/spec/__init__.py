@@ -1,0 +1,13 @@
+"""What a stack file says, as plain, frozen, validated values. Imports neither Pulumi nor torch."""
+
+from infra.spec.load import StackError, load, parse, read
+from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
+from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service
+from infra.spec.stack import Severity, Stack, schema, unknown
+from infra.spec.training import Data, Evaluate, Gate, ModelShape, Optim, PodResources, Training
+
+__all__ = [
+    "Autoscaling", "Budget", "Data", "Evaluate", "Gate", "Images", "ModelShape", "Monitoring", "NodePool", "Objectives", "Optim",
+    "Platform", "PodResources", "Quota", "Registry", "Router", "Service", "Severity", "Stack", "StackError", "Storage", "Tenancy",
+    "Training", "load", "parse", "read", "schema", "unknown",
+]

@@ -1,0 +1,20 @@
+"""What every part of a stack's specification is: a frozen, validated, plain value that refuses keys it does not know."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+# A Kubernetes object name that stays valid with the suffixes which the components add (RFC 1123 label, 63 characters).
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+PositiveInt = Annotated[int, Field(ge=1, le=2**40)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, le=1e18)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, le=1e18)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Spec(BaseModel):
+    """Base of all parts. Field docstrings become descriptions in the JSON schema that editors complete from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())

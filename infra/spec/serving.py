@@ -1,0 +1,124 @@
+"""What is served: inference services, their autoscaling, the router in front, monitoring."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from infra.spec.base import Name, NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt, Share, Spec
+from infra.spec.training import Dtype, PodResources
+
+
+class Autoscaling(Spec):
+    min_replicas: PositiveInt = 1
+    """Replicas that are always there."""
+    max_replicas: PositiveInt
+    """Replicas at most; the checks hold it against the pool."""
+    target_in_flight: PositiveFloat = 8
+    """Requests, waiting and running, that one replica should hold: a signal with no ceiling."""
+    scale_down_after_s: NonNegativeInt = 300
+    """Stabilisation window before replicas are taken away, seconds."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class Service(Spec):
+    name: Name
+    """Name of the service."""
+    model: Name
+    """Name of the model: the `name` of the stack's training, or any in the registry."""
+    channel: Name = "production"
+    """Registry channel that it follows."""
+    pool: Name
+    """Node pool that it runs on."""
+    gpus: NonNegativeInt = 0
+    """GPUs of one replica."""
+    replicas: PositiveInt = 1
+    """Replicas; with `autoscaling`, left to it."""
+    autoscaling: Autoscaling | None = None
+    """Scale on requests in flight; None: a fixed number of replicas."""
+    resources: PodResources
+    """CPU and memory of one replica."""
+    max_model_len: PositiveInt | None = None
+    """Longest context in tokens; None: the model's."""
+    max_num_seqs: PositiveInt = 16
+    """Sequences that decode together."""
+    max_queued_tokens: PositiveInt = 65_536
+    """Prompt tokens that may wait before new requests get 429."""
+    kv_gib: PositiveFloat = 1.0
+    """Memory of the KV cache, GiB."""
+    dtype: Dtype = "auto"
+    """Compute type."""
+    drain_s: PositiveInt = 60
+    """Longest time that streams in flight get to finish at a roll-out, seconds."""
+    surge: bool = False
+    """The pool has room for one replica more during a roll-out; False: a roll-out needs none."""
+    load_s: PositiveInt | None = None
+    """Time to load the model, seconds, which sizes the startup probe; None: estimated."""
+
+    @property
+    def least_replicas(self) -> int:
+        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+
+class Router(Spec):
+    policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
+    """How a replica is chosen."""
+    hash_header: str | None = None
+    """Request header that ring_hash and maglev hash; None: the client's address."""
+    cookie: str | None = None
+    """Name of a session cookie: requests that carry it go to the replica that first answered."""
+    cookie_ttl_s: PositiveInt = 3600
+    """Life of that cookie, seconds."""
+    port: Port = 8080
+    """Port at which the endpoint is published."""
+    expose: Literal["ClusterIP", "LoadBalancer"] = "LoadBalancer"
+    """Type of the router's Service."""
+    replicas: PositiveInt = 2
+    """Envoy pods."""
+    stream_timeout_s: PositiveInt = 3600
+    """Longest stream, seconds."""
+
+    @model_validator(mode="after")
+    def _hash_needs_a_hash_policy(self) -> Self:
+        if self.hash_header and self.policy not in ("ring_hash", "maglev"):
+            raise ValueError(f"hash_header needs policy ring_hash or maglev, and policy is {self.policy}")
+        return self
+
+
+class Objectives(Spec):
+    """What the alerts hold the services to."""
+
+    ttft_p95_s: PositiveFloat = 2.0
+    """Time to first token, 95th percentile, seconds."""
+    tpot_p95_s: PositiveFloat = 0.2
+    """Time per output token, 95th percentile, seconds."""
+    availability: Share = 0.999
+    """Share of requests answered without a server error."""
+
+
+class Monitoring(Spec):
+    enabled: bool = True
+    """ServiceMonitor, PodMonitor, PrometheusRule and Grafana dashboards (the operator's CRDs must be there)."""
+    scrape_interval_s: PositiveInt = 15
+    """Seconds between scrapes."""
+    labels: dict[str, str] = {"release": "prometheus"}
+    """Labels by which the operator's Prometheus selects monitors and rules."""
+    objectives: Objectives = Objectives()
+    """Thresholds of the alerts."""
+    namespace: str | None = None
+    """Namespace of the dashboards' ConfigMaps; None: the stack's."""
+
+
+class Budget(Spec):
+    usd_per_h: NonNegativeFloat | None = None
+    """Most that the stack's nodes may cost in an hour at full scale, USD."""
+    usd_per_run: NonNegativeFloat | None = None
+    """Most that one training run may cost, USD."""

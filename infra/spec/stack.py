@@ -1,0 +1,94 @@
+"""A stack: everything that one `Pulumi.<stack>.yaml` says, as one value whose parts refer to one another only by names that exist."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from infra.spec.base import Spec
+from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
+from infra.spec.serving import Budget, Monitoring, Router, Service
+from infra.spec.training import Training
+
+Severity = Literal["error", "warn", "off"]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence for a name that does not exist, with the nearest that do."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"{kind} {name!r} does not exist; " + (f"did you mean {' or '.join(map(repr, near))}?" if near else f"there is {', '.join(names) or 'none'}")
+
+
+def _refuse_twins(kind: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two {kind} are called {name!r}; names must differ")
+        seen.add(name)
+
+
+class Stack(Spec):
+    platform: Platform
+    """Where it runs."""
+    images: Images = Images()
+    """Container images."""
+    node_pools: tuple[NodePool, ...] = Field(min_length=1)
+    """Machines to run on."""
+    storage: Storage = Storage()
+    """Volumes."""
+    registry: Registry = Registry()
+    """Where models are kept."""
+    tenancy: Tenancy = Tenancy()
+    """Limits of the namespace."""
+    training: Training | None = None
+    """What is trained; None: nothing, the services use what the registry has."""
+    services: tuple[Service, ...] = ()
+    """What is served."""
+    router: Router = Router()
+    """What stands before the services."""
+    monitoring: Monitoring = Monitoring()
+    """Metrics, alerts, dashboards."""
+    budget: Budget = Budget()
+    """What it may cost."""
+    checks: dict[str, Severity] = {}
+    """Severity of each finding by its code: `SLW701: error`."""
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        _refuse_twins("node pools", (pool.name for pool in self.node_pools))
+        _refuse_twins("services", (service.name for service in self.services))
+        pools = [pool.name for pool in self.node_pools]
+        users = [("training", self.training.pool)] if self.training else []
+        users += [(f"services.{service.name}", service.pool) for service in self.services]
+        for user, pool in users:
+            if pool not in pools:
+                raise ValueError(f"{user}: " + unknown("node pool", pool, pools))
+        return self
+
+    def pool(self, name: str) -> NodePool:
+        """The node pool called `name`, which exists (validated)."""
+        return next(pool for pool in self.node_pools if pool.name == name)
+
+    def trains(self, service: Service) -> Training | None:
+        """The training of this stack that makes the model which `service` serves, if it is this stack's."""
+        return self.training if self.training and self.training.name == service.model else None
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of a whole `Pulumi.<stack>.yaml`, for editors and for `slipway schema`."""
+    parts = Stack.model_json_schema()
+    prefix = "slipway:"
+    required = [prefix + key for key in parts.pop("required")]
+    definitions = parts.pop("$defs")
+    properties = {prefix + key: value for key, value in parts.pop("properties").items()}
+    config = {"type": "object", "properties": properties, "required": required, "additionalProperties": True}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A Slipway stack",
+        "type": "object",
+        "properties": {"config": config},
+        "required": ["config"],
+        "$defs": definitions,
+    }
