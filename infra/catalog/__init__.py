@@ -43,20 +43,22 @@ class Instance:
     """Gb/s of the node."""
     efa: int = 0
     """EFA interfaces (AWS)."""
+    gflops_per_cpu: float = 25.0
+    """fp32 GFLOP/s that this trainer reaches on one core, for pools without a GPU."""
     price: float | None = None
     """USD an hour on demand; None: not known."""
     price_source: str = "the user's catalogue"
     price_date: str = "undated"
 
     # What kubelet, system daemons and eviction leave of a node. p5.48xlarge: 191450m of 192 CPUs and 1938410 of 2097152 MiB
-    # (a node's reported allocatable); the shares are kept for the other types.
+    # (a node's reported allocatable); the shares are kept for the other types. A local machine is given as what it has to spare.
     @property
     def allocatable_cpus(self) -> float:
-        return self.cpus * 191.45 / 192
+        return self.cpus if self.cloud == "local" else self.cpus * 191.45 / 192
 
     @property
     def allocatable_gib(self) -> float:
-        return self.memory_gib * 1938410 / 2097152
+        return self.memory_gib if self.cloud == "local" else self.memory_gib * 1938410 / 2097152
 
 
 @cache

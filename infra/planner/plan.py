@@ -1,0 +1,71 @@
+"""The plan of a stack: what will run, whether it fits, how long, how much."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from infra.catalog import instance
+from infra.planner.inference import ServicePlan, plan_service
+from infra.planner.training import TrainingPlan, plan_training
+from infra.spec import NodePool, Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPlan:
+    name: str
+    instance: str
+    gpu: str | None
+    nodes: tuple[int, int]
+    """Least and most."""
+    gpus: int
+    """GPUs at most."""
+    usd_per_h: tuple[float, float] | None
+    """Price of the least and of the most nodes, on demand; None when not known."""
+    price: str
+    """Source and date of the price."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    pools: tuple[PoolPlan, ...]
+    training: TrainingPlan | None
+    services: tuple[ServicePlan, ...]
+
+    @property
+    def usd_per_h(self) -> float | None:
+        """Price of all pools at their fullest; None when one has none."""
+        prices = [pool.usd_per_h for pool in self.pools]
+        return None if None in prices else sum(price[1] for price in prices if price)
+
+    def service(self, name: str) -> ServicePlan:
+        return next(service for service in self.services if service.name == name)
+
+
+def plan(stack: Stack) -> Plan:
+    """Estimate everything that `stack` declares. Raises ValueError for an instance type or GPU that the catalogue lacks."""
+    machine = {pool.name: instance(pool.instance) for pool in stack.node_pools}
+    training = stack.training
+    return Plan(
+        pools=tuple(_plan_pool(pool) for pool in stack.node_pools),
+        training=plan_training(training, pool=stack.pool(training.pool), instance=machine[training.pool]) if training else None,
+        services=tuple(
+            plan_service(service, training=stack.trains(service), instance=machine[service.pool]) for service in stack.services
+        ),
+    )
+
+
+def _plan_pool(pool: NodePool) -> PoolPlan:
+    machine = instance(pool.instance)
+    return PoolPlan(
+        name=pool.name,
+        instance=machine.name,
+        gpu=machine.gpu,
+        nodes=(pool.min_nodes, pool.max_nodes),
+        gpus=machine.gpus * pool.max_nodes,
+        usd_per_h=None if machine.price is None else (pool.min_nodes * machine.price, pool.max_nodes * machine.price),
+        price=f"{machine.price_source}, {machine.price_date}",
+    )
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, for `plan.json` and `--json`."""
+    return asdict(plan)
