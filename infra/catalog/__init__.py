@@ -66,8 +66,11 @@ def _tables() -> tuple[dict[str, Gpu], dict[str, Instance]]:
     gpus: dict[str, Any] = tomllib.loads((HERE / "gpus.toml").read_text())
     file: dict[str, Any] = tomllib.loads((HERE / "instances.toml").read_text())
     priced = {
-        name: entry | {"price_source": file["prices"].get(entry["cloud"], {}).get("source", "unknown"),
-                       "price_date": file["prices"].get(entry["cloud"], {}).get("date", "unknown")}
+        name: entry
+        | {
+            "price_source": file["prices"].get(entry["cloud"], {}).get("source", "unknown"),
+            "price_date": file["prices"].get(entry["cloud"], {}).get("date", "unknown"),
+        }
         for name, entry in file["instance"].items()
     }
     if extra := os.environ.get("SLIPWAY_CATALOG"):

@@ -39,7 +39,8 @@ def ranks_match_gpus(stack: Stack, _: Plan) -> Iterator[Finding]:
             code="SLW102",
             severity="error" if too_many else "warn",
             where="training.nproc_per_node",
-            message=f"{ranks} ranks a node, and {machine.name} has {machine.gpus} GPUs" + ("" if too_many else "; the rest idle"),
+            message=f"{ranks} ranks a node, and {machine.name} has {machine.gpus} GPUs"
+            + ("" if too_many else "; the rest idle"),
             fix=f"nproc_per_node: {machine.gpus}, or leave it out",
         )
 
@@ -56,8 +57,9 @@ def replicas_fit_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
                 code="SLW104",
                 severity="error",
                 where=f"{where}.resources",
-                message=f"one replica asks for {service.gpus} GPUs, {service.resources.cpus:g} CPUs and {service.resources.memory_gib:g} GiB, and a "
-                f"{machine.name} node has {machine.gpus}, {machine.allocatable_cpus:.1f} and {machine.allocatable_gib:.0f} to give",
+                message=f"one replica asks for {service.gpus} GPUs, {service.resources.cpus:g} CPUs and "
+                f"{service.resources.memory_gib:g} GiB, and a {machine.name} node has {machine.gpus}, "
+                f"{machine.allocatable_cpus:.1f} and {machine.allocatable_gib:.0f} to give",
                 fix="lower `gpus` or `resources`, or take a larger instance for the pool",
             )
             continue
@@ -68,7 +70,7 @@ def replicas_fit_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
                 code="SLW103",
                 severity="error",
                 where=f"{where}.{'autoscaling.max_replicas' if service.autoscaling else 'replicas'}",
-                message=f"{service.most_replicas} replicas{' and one of surge' if service.surge else ''} need {-(-wanted // each)} nodes, and pool "
-                f"{pool.name!r} can hold {pool.max_nodes} ({each} replicas a node)",
+                message=f"{service.most_replicas} replicas{' and one of surge' if service.surge else ''} need {-(-wanted // each)} "
+                f"nodes, and pool {pool.name!r} can hold {pool.max_nodes} ({each} replicas a node)",
                 fix=f"at most {max(room - (1 if service.surge else 0), 1)} replicas, or max_nodes: {-(-wanted // each)} for the pool",
             )

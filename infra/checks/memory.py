@@ -20,13 +20,13 @@ def training_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
         code="SLW201",
         severity="error",
         where="training.micro_batch",
-        message=f"a rank needs about {run.memory.value:.1f} GiB and may use {MARGIN:.0%} of {run.memory_limit_gib:.1f}; the most goes to {largest} "
-        f"({run.memory.parts[largest]:.1f} GiB)",
+        message=f"a rank needs about {run.memory.value:.1f} GiB and may use {MARGIN:.0%} of {run.memory_limit_gib:.1f}; "
+        f"the most goes to {largest} ({run.memory.parts[largest]:.1f} GiB)",
         fix=f"micro_batch: {max(stack.training.micro_batch // 2, 1)}, a smaller model, or an instance with more memory",
     )
 
 
-def replica_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
+def replica_fits(_: Stack, plan: Plan) -> Iterator[Finding]:
     """SLW202: weights, KV cache and runtime of one replica against its memory."""
     for service in plan.services:
         if service.memory and service.memory.value > MARGIN * service.memory_limit_gib:

@@ -35,7 +35,9 @@ class ServicePlan:
 
 def plan_service(service: Service, *, training: Training | None, instance: Instance) -> ServicePlan:
     """Estimate one service; `training` is the run that makes its model, where this stack has it."""
-    limit = gpu(instance.gpu).memory_gib * service.gpus if instance.gpu and service.gpus else service.resources.memory_gib
+    limit = (
+        gpu(instance.gpu).memory_gib * service.gpus if instance.gpu and service.gpus else service.resources.memory_gib
+    )
     per_node = replicas_per_node(service, instance=instance)
     nodes = tuple(-(-n // per_node) for n in (service.least_replicas, service.most_replicas)) if per_node else None
     usd = None if instance.price is None or nodes is None else (nodes[0] * instance.price, nodes[1] * instance.price)
@@ -49,9 +51,15 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
         name=service.name,
         pool=service.pool,
         replicas=(service.least_replicas, service.most_replicas),
-        memory=None if weights is None else total(
+        memory=None
+        if weights is None
+        else total(
             "GiB",
-            {"weights": weights / GIB, "KV cache": service.kv_gib, "runtime": RUNTIME_GIB["gpu" if service.gpus else "cpu"]},
+            {
+                "weights": weights / GIB,
+                "KV cache": service.kv_gib,
+                "runtime": RUNTIME_GIB["gpu" if service.gpus else "cpu"],
+            },
             "the KV cache is given in bytes and never grows",
         ),
         memory_limit_gib=limit,
@@ -70,7 +78,10 @@ def value_bytes(service: Service, *, on_gpu: bool) -> int:
 
 def replicas_per_node(service: Service, *, instance: Instance) -> int:
     """Replicas of `service` that one node holds, by GPUs, CPUs and memory; 0 when not even one fits."""
-    fits = [instance.allocatable_cpus // service.resources.cpus, instance.allocatable_gib // service.resources.memory_gib]
+    fits = [
+        instance.allocatable_cpus // service.resources.cpus,
+        instance.allocatable_gib // service.resources.memory_gib,
+    ]
     if service.gpus:
         fits.append(instance.gpus // service.gpus)
     return int(min(fits))

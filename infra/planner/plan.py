@@ -46,9 +46,12 @@ def plan(stack: Stack) -> Plan:
     training = stack.training
     return Plan(
         pools=tuple(_plan_pool(pool) for pool in stack.node_pools),
-        training=plan_training(training, pool=stack.pool(training.pool), instance=machine[training.pool]) if training else None,
+        training=plan_training(training, pool=stack.pool(training.pool), instance=machine[training.pool])
+        if training
+        else None,
         services=tuple(
-            plan_service(service, training=stack.trains(service), instance=machine[service.pool]) for service in stack.services
+            plan_service(service, training=stack.trains(service), instance=machine[service.pool])
+            for service in stack.services
         ),
     )
 

@@ -103,4 +103,8 @@ def _speed(training: Training, *, instance: Instance, ranks: int) -> tuple[float
         return rate / flops, GPU_EFFICIENCY, f"{GPU_EFFICIENCY:.0%} of dense bf16 peak"
     cpus = min(instance.cpus, training.nodes * (training.resources.cpus if training.resources else instance.cpus))
     rate = cpus * instance.gflops_per_cpu * 1e9
-    return rate / flops, None, f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)"
+    return (
+        rate / flops,
+        None,
+        f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)",
+    )

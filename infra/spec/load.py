@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -84,22 +84,23 @@ def _fields_at(loc: Loc) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        inner = [m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)]
-        tagged = [m for m in models if any(f.annotation and part in getattr(f.annotation, "__args__", ()) for f in m.model_fields.values())]
-        models = inner or tagged or models
+        inner = [
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        ]
+        models = inner or models  # a union's tag is no field: stay
     return sorted({name for model in models for name in model.model_fields})
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _lines(path: Path) -> dict[Loc, int]:
     """Line (from 1) of every key and item under `config:`, by its location without the `slipway:` prefix."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root: Any = cast(Any, yaml).compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     found: dict[Loc, int] = {}

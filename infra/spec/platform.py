@@ -31,7 +31,7 @@ class Platform(Spec):
 
 class Images(Spec):
     registry: str | None = None
-    """Repository prefix to build and push to, as `ghcr.io/acme`; the tag is the digest of the content. None: use the references below."""
+    """Repository prefix to build and push to, as `ghcr.io/acme`; the tag is the digest of the content. null: use the references below."""
     trainer: str = "slipway-trainer"
     """Prebuilt reference of the trainer's image, for when `registry` is not set. Without a tag it gets the content's digest."""
     serving: str = "slipway-serving"
@@ -71,7 +71,7 @@ class NodePool(Spec):
 
 class Storage(Spec):
     class_name: str | None = None
-    """StorageClass of the volumes; None for the cluster's default."""
+    """StorageClass of the volumes; null for the cluster's default."""
     shared: bool = False
     """True where the class gives ReadWriteMany volumes: needed once pods of several nodes share a volume."""
     data_gib: PositiveInt = 10
@@ -82,20 +82,20 @@ class Storage(Spec):
 
 class Registry(Spec):
     url: str | None = None
-    """fsspec URL of an object store: `s3://acme-models`. None: a volume in the namespace."""
+    """fsspec URL of an object store: `s3://acme-models`. null: a volume in the namespace."""
     size_gib: PositiveInt = 50
     """Size of that volume."""
-    identity: dict[str, str] = {}
+    identity: dict[str, str] = Field(default={})
     """Annotations of the ServiceAccounts that may reach the object store, as `eks.amazonaws.com/role-arn: …`."""
 
 
 class Quota(Spec):
     gpus: NonNegativeInt | None = None
-    """GPUs that the namespace may ask for at most; None: what the stack's pools can hold."""
+    """GPUs that the namespace may ask for at most; null: what the stack's pools can hold."""
     cpus: PositiveFloat | None = None
-    """CPUs requested at most; None: no limit."""
+    """CPUs requested at most; null: no limit."""
     memory_gib: PositiveFloat | None = None
-    """Memory requested at most, GiB; None: no limit."""
+    """Memory requested at most, GiB; null: no limit."""
     pods: PositiveInt = 200
     """Pods at most."""
 

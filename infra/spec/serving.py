@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from infra.spec.base import Name, NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt, Share, Spec
 from infra.spec.training import Dtype, PodResources
@@ -39,11 +39,11 @@ class Service(Spec):
     replicas: PositiveInt = 1
     """Replicas; with `autoscaling`, left to it."""
     autoscaling: Autoscaling | None = None
-    """Scale on requests in flight; None: a fixed number of replicas."""
+    """Scale on requests in flight; null: a fixed number of replicas."""
     resources: PodResources
     """CPU and memory of one replica."""
     max_model_len: PositiveInt | None = None
-    """Longest context in tokens; None: the model's."""
+    """Longest context in tokens; null: the model's."""
     max_num_seqs: PositiveInt = 16
     """Sequences that decode together."""
     max_queued_tokens: PositiveInt = 65_536
@@ -57,7 +57,7 @@ class Service(Spec):
     surge: bool = False
     """The pool has room for one replica more during a roll-out; False: a roll-out needs none."""
     load_s: PositiveInt | None = None
-    """Time to load the model, seconds, which sizes the startup probe; None: estimated."""
+    """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
 
     @property
     def least_replicas(self) -> int:
@@ -72,7 +72,7 @@ class Router(Spec):
     policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
     """How a replica is chosen."""
     hash_header: str | None = None
-    """Request header that ring_hash and maglev hash; None: the client's address."""
+    """Request header that ring_hash and maglev hash; null: the client's address."""
     cookie: str | None = None
     """Name of a session cookie: requests that carry it go to the replica that first answered."""
     cookie_ttl_s: PositiveInt = 3600
@@ -109,12 +109,12 @@ class Monitoring(Spec):
     """ServiceMonitor, PodMonitor, PrometheusRule and Grafana dashboards (the operator's CRDs must be there)."""
     scrape_interval_s: PositiveInt = 15
     """Seconds between scrapes."""
-    labels: dict[str, str] = {"release": "prometheus"}
+    labels: dict[str, str] = Field(default={"release": "prometheus"})
     """Labels by which the operator's Prometheus selects monitors and rules."""
     objectives: Objectives = Objectives()
     """Thresholds of the alerts."""
     namespace: str | None = None
-    """Namespace of the dashboards' ConfigMaps; None: the stack's."""
+    """Namespace of the dashboards' ConfigMaps; null: the stack's."""
 
 
 class Budget(Spec):

@@ -18,7 +18,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence for a name that does not exist, with the nearest that do."""
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"{kind} {name!r} does not exist; " + (f"did you mean {' or '.join(map(repr, near))}?" if near else f"there is {', '.join(names) or 'none'}")
+    return f"{kind} {name!r} does not exist; " + (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"there is {', '.join(names) or 'none'}"
+    )
 
 
 def _refuse_twins(kind: str, names: Iterable[str]) -> None:
@@ -43,7 +45,7 @@ class Stack(Spec):
     tenancy: Tenancy = Tenancy()
     """Limits of the namespace."""
     training: Training | None = None
-    """What is trained; None: nothing, the services use what the registry has."""
+    """What is trained; null: nothing, the services use what the registry has."""
     services: tuple[Service, ...] = ()
     """What is served."""
     router: Router = Router()
@@ -52,7 +54,7 @@ class Stack(Spec):
     """Metrics, alerts, dashboards."""
     budget: Budget = Budget()
     """What it may cost."""
-    checks: dict[str, Severity] = {}
+    checks: dict[str, Severity] = Field(default={})
     """Severity of each finding by its code: `SLW701: error`."""
 
     @model_validator(mode="after")
@@ -83,7 +85,9 @@ def schema() -> dict[str, Any]:
     required = [prefix + key for key in parts.pop("required")]
     definitions = parts.pop("$defs")
     properties = {prefix + key: value for key, value in parts.pop("properties").items()}
-    config = {"type": "object", "properties": properties, "required": required, "additionalProperties": True}
+    # Keys of other namespaces (`aws:region`) may stand beside ours; of ours, only those that exist.
+    names = {"anyOf": [{"enum": sorted(properties)}, {"not": {"pattern": f"^{prefix}"}}]}
+    config = {"type": "object", "properties": properties, "required": required, "propertyNames": names}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A Slipway stack",

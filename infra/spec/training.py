@@ -47,7 +47,7 @@ class ModelShape(Spec):
     kv_heads: PositiveInt
     """Key/value heads (grouped-query attention); divides `heads`."""
     head_dim: PositiveInt | None = None
-    """Width of a head; None: hidden / heads."""
+    """Width of a head; null: hidden / heads."""
     ffn: PositiveInt
     """Inner width of the gated MLP."""
     max_context: PositiveInt
@@ -62,11 +62,15 @@ class ModelShape(Spec):
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.head_dim is None and self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}; set `head_dim` or change one")
+            raise ValueError(
+                f"hidden {self.hidden} is not a multiple of heads {self.heads}; set `head_dim` or change one"
+            )
         if self.heads % self.kv_heads:
             divisors = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
             nearest = min(divisors, key=lambda k: abs(k - self.kv_heads))
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}; the nearest that does is {nearest}")
+            raise ValueError(
+                f"kv_heads {self.kv_heads} does not divide heads {self.heads}; the nearest that does is {nearest}"
+            )
         return self
 
     @property
@@ -138,9 +142,9 @@ class Training(Spec):
     nodes: PositiveInt = 1
     """Pods, one a node: the gang."""
     nproc_per_node: PositiveInt | None = None
-    """Ranks in a pod; None: one for each GPU of the pool's instance."""
+    """Ranks in a pod; null: one for each GPU of the pool's instance."""
     resources: PodResources | None = None
-    """CPU and memory of a pod; None: what the instance allows."""
+    """CPU and memory of a pod; null: what the instance allows."""
     data: Data
     """Corpus and tokenizer."""
     model: ModelShape
@@ -175,5 +179,7 @@ class Training(Spec):
     @model_validator(mode="after")
     def _sequence_fits(self) -> Self:
         if self.seq > self.model.max_context:
-            raise ValueError(f"seq {self.seq} is above model.max_context {self.model.max_context}; lower seq or raise max_context")
+            raise ValueError(
+                f"seq {self.seq} is above model.max_context {self.model.max_context}; lower seq or raise max_context"
+            )
         return self

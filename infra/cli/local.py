@@ -1,0 +1,9 @@
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def up() -> None: ...
+@app.command()
+def down() -> None: ...

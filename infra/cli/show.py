@@ -1,0 +1,109 @@
+"""How a plan and its findings look on a terminal."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from infra.checks import Finding
+from infra.planner import Estimate, Plan, ServicePlan, TrainingPlan
+
+WIDTH_OF_BAR = 24
+FILLS = "█▓▒░▚"
+
+
+def show_plan(plan: Plan, *, stack: str, console: Console) -> None:
+    """Pools, training and services: what will run, whether it fits, how long, how much."""
+    console.print(f"[bold]Plan of stack {stack}[/]")
+    console.print(
+        Group(
+            _pools(plan), *_training(plan.training), *(part for service in plan.services for part in _service(service))
+        )
+    )
+
+
+def show_findings(findings: Iterable[Finding], *, console: Console) -> None:
+    """Each finding with its numbers and its fix."""
+    for finding in findings:
+        colour = "red" if finding.severity == "error" else "yellow"
+        console.print(
+            Text.assemble(
+                (f"{finding.code} {finding.severity} ", f"bold {colour}"),
+                (finding.where, "bold"),
+                f": {finding.message}",
+            )
+        )
+        console.print(Text(f"  fix: {finding.fix}", style="green"))
+
+
+def money(value: float | None) -> str:
+    return "price not known" if value is None else f"{value:,.2f} USD"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}" if unit != "h" else f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def count(value: float) -> str:
+    """`950`, `1.8 M`, `42 B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _pools(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("pool", "instance", "nodes", "GPUs at most", "USD/h"):
+        table.add_column(name)
+    for pool in plan.pools:
+        price = "not known" if pool.usd_per_h is None else f"{pool.usd_per_h[0]:,.2f} to {pool.usd_per_h[1]:,.2f}"
+        gpus = f"{pool.gpus} {pool.gpu}" if pool.gpu else "none"
+        table.add_row(pool.name, pool.instance, f"{pool.nodes[0]} to {pool.nodes[1]}", gpus, price)
+    return table
+
+
+def _training(run: TrainingPlan | None) -> list[RenderableType]:
+    if run is None:
+        return []
+    facts = f"{count(run.parameters)} parameters · {count(run.tokens)} tokens · {run.ranks} ranks on {run.pool}"
+    speed = f"{count(run.tokens_per_s)} tokens/s" + (f" · MFU {run.mfu:.0%}" if run.mfu is not None else "")
+    return [
+        Text.assemble(("\ntrain ", "bold"), (run.name, "bold cyan"), f"  {facts}"),
+        _bar(run.memory, limit=run.memory_limit_gib, of="a rank"),
+        Text(f"  time    about {duration(run.hours.value * 3600)} · {speed} · {money(run.usd)}"),
+    ]
+
+
+def _service(service: ServicePlan) -> list[RenderableType]:
+    least, most = service.replicas
+    replicas = f"{most} replica{'s' if most > 1 else ''}" if least == most else f"{least} to {most} replicas"
+    lines: list[RenderableType] = [
+        Text.assemble(("\nserve ", "bold"), (service.name, "bold cyan"), f"  {replicas} on {service.pool}")
+    ]
+    if service.memory:
+        lines.append(_bar(service.memory, limit=service.memory_limit_gib, of="a replica"))
+    if service.kv_tokens and service.concurrency:
+        held = f"{count(service.kv_tokens)} tokens, {service.concurrency:,.0f} sequences of {service.max_model_len}"
+        lines.append(Text(f"  cache   {held}"))
+    price = "" if service.usd_per_h is None else f" · {service.usd_per_h[0]:,.2f} to {service.usd_per_h[1]:,.2f} USD/h"
+    lines.append(Text(f"  start   about {duration(service.load_s)} to load{price}"))
+    return lines
+
+
+def _bar(memory: Estimate, *, limit: float, of: str) -> Text:
+    """The memory's parts as a bar of the limit, each with its own fill, and a legend."""
+    bar, legend = Text("  memory  "), Text()
+    for fill, (part, gib) in zip(FILLS, sorted(memory.parts.items(), key=lambda item: -item[1]), strict=False):
+        bar.append(fill * round(WIDTH_OF_BAR * min(gib / limit, 1)), style="cyan")
+        legend.append(f"{fill} {part} {gib:.2g}  ", style="dim")
+    filled = len(bar.plain) - 10
+    bar.append("·" * max(WIDTH_OF_BAR - filled, 0), style="dim")
+    over = memory.value > limit
+    bar.append(f" {memory.value:.2g} of {limit:.3g} GiB {of} ", style="bold red" if over else "bold")
+    return bar + Text("\n          ") + legend

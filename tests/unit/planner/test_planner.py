@@ -1,0 +1,127 @@
+"""Estimates follow the formulas they name, and move the right way."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.catalog import gpus, instance, instances
+from infra.planner import plan, to_json
+from infra.planner.shape import kv_bytes_per_token, parameters
+from infra.planner.training import memory
+from infra.spec import ModelShape, Training, load
+
+ROOT = Path(__file__).parents[3]
+PROD = load(ROOT / "stacks" / "Pulumi.prod.yaml")
+
+
+@pytest.mark.parametrize(
+    ("shape", "vocab_size", "expected"),
+    [  # published parameter counts of Llama 3 8B, Llama 2 7B and Llama 3.2 1B (tied)
+        (
+            {
+                "layers": 32,
+                "hidden": 4096,
+                "heads": 32,
+                "kv_heads": 8,
+                "ffn": 14336,
+                "max_context": 8192,
+                "tied_embeddings": False,
+            },
+            128256,
+            8030261248,
+        ),
+        (
+            {
+                "layers": 32,
+                "hidden": 4096,
+                "heads": 32,
+                "kv_heads": 32,
+                "ffn": 11008,
+                "max_context": 4096,
+                "tied_embeddings": False,
+            },
+            32000,
+            6738415616,
+        ),
+        (
+            {
+                "layers": 16,
+                "hidden": 2048,
+                "heads": 32,
+                "kv_heads": 8,
+                "ffn": 8192,
+                "max_context": 8192,
+                "tied_embeddings": True,
+            },
+            128256,
+            1235814400,
+        ),
+    ],
+)
+def test_parameters_are_those_published(shape, vocab_size, expected) -> None:
+    assert parameters(ModelShape(**shape), vocab_size=vocab_size) == expected
+
+
+def test_kv_bytes_of_llama3_8b() -> None:
+    shape = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, max_context=8192)
+    assert kv_bytes_per_token(shape, bytes_per_value=2) == 128 * 1024
+
+
+def test_parts_add_up_and_every_stack_can_be_planned(stack_path: Path) -> None:
+    planned = plan(load(stack_path))
+    assert planned.training is not None
+    for estimate in [planned.training.memory, *(s.memory for s in planned.services if s.memory)]:
+        assert estimate.value == pytest.approx(sum(estimate.parts.values()))
+        assert estimate.assumptions
+    assert to_json(planned)["pools"]
+
+
+def with_training(**changes: object) -> Training:
+    assert PROD.training is not None
+    return Training.model_validate(PROD.training.model_dump() | changes)
+
+
+@given(micro=st.integers(1, 64), more=st.integers(1, 64))
+def test_memory_grows_with_the_micro_batch(micro: int, more: int) -> None:
+    small, large = (memory(with_training(micro_batch=n), on_gpu=True).value for n in (micro, micro + more))
+    assert small < large
+
+
+@given(steps=st.integers(1, 10**6), more=st.integers(1, 10**6))
+def test_price_never_falls_with_more_tokens(steps: int, more: int) -> None:
+    prices = [
+        plan(PROD.model_copy(update={"training": with_training(steps=n)})).training.usd for n in (steps, steps + more)
+    ]
+    assert prices[0] < prices[1]
+
+
+def test_unknown_instance_is_an_error_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'p5.49xlarge' does not exist; did you mean .*'p5.48xlarge'"):
+        instance("p5.49xlarge")
+
+
+def test_catalogue_is_whole() -> None:
+    for machine in instances().values():
+        assert machine.gpu is None or machine.gpu in gpus(), machine.name
+        assert (machine.gpus > 0) == (machine.gpu is not None), machine.name
+        assert machine.price is None or machine.price_date >= "2026", machine.name
+        assert machine.allocatable_gib <= machine.memory_gib
+
+
+def test_users_catalogue_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infra.catalog import _tables
+
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "[gpu.X1]\ntflops_bf16 = 1\nmemory_gb = 8\nmemory_gib = 7\nbandwidth_gbps = 10\nintra_gbps = 1\n"
+        '[instance.box]\ncloud = "local"\ngpu = "X1"\ngpus = 2\ncpus = 8\nmemory_gib = 32\nnetwork_gbps = 10\nprice = 0.5\n'
+    )
+    monkeypatch.setenv("SLIPWAY_CATALOG", str(file))
+    _tables.cache_clear()
+    try:
+        assert instance("box").gpus == 2
+        assert "H100" in gpus()
+    finally:
+        _tables.cache_clear()
