@@ -1,0 +1,27 @@
+"""`python -m trainer --config train.yaml data=DIR run=DIR`, alone or as one rank of torchrun."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from trainer.config import TrainConfig, read_command
+from trainer.errors import StopSignal, run_program
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> None:
+    stop = StopSignal()
+    stop.listen()  # before torch takes its seconds to load: a signal in them is not lost
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Ranks have sessions of their own: were the launcher killed outright, they would run on with nobody to stop them.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=arguments)
+    from trainer.train import train
+
+    train(config, data=Path(places["data"]), run=Path(places["run"]), stop=stop)
+
+
+run_program(main)

@@ -1,0 +1,78 @@
+"""How a program of the trainer ends: its exit codes, and the one line it says when it does not end well."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+
+
+class Refused(ValueError):
+    """Bad input or a gate: another try would fail in the same way, so the exit code is 2."""
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(f"{what} ({where}). {fix}")
+
+
+class Failed(RuntimeError):
+    """Something that may work at the next try; the exit code is 1."""
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(f"{what} ({where}). {fix}")
+
+
+class Interrupted(Exception):
+    """A signal asked for the end and all work so far is on disk; the exit code is 75."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the training loop can end between two steps instead of inside one."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number)
+
+
+def _as_line(error: Exception) -> tuple[str, int]:
+    """The sentence for a user, and whether another try could help (exit 1) or could not (exit 2)."""
+    if isinstance(error, Refused):
+        return str(error), REFUSED
+    if isinstance(error, OSError):
+        refused = isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError) or error.errno == 30
+        fix = "Name a place that exists and that this user can write to." if refused else "Free some space and try again."
+        return f"{error.strerror or error} ({error.filename or 'no file named'}). {fix}", REFUSED if refused else FAILED
+    return str(error), FAILED
+
+
+def run_program(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs `main(arguments)` and exits by the contract. A bug (any other exception) keeps its traceback and exits 1.
+
+    Under torchrun every rank meets the same error; rank 0 alone tells it.
+    """
+    from trainer.log import Log
+
+    rank = int(os.environ.get("RANK", "0"))
+    code = DONE
+    try:
+        main(sys.argv[1:])
+    except Interrupted as error:
+        Log(rank=rank).emit("interrupted", message=str(error))
+        code = INTERRUPTED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = FAILED  # whoever read our output has gone: there is nobody to tell
+    except (Refused, Failed, OSError) as error:
+        line, code = _as_line(error)
+        if rank == 0:
+            Log(rank=rank).emit("error", level="error", message=line)
+            print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,64 @@
+"""`python -m trainer.launch [torchrun's flags] -- ARG…`: the trainer under torchrun, by the contract's exit codes.
+
+torchrun itself exits 1 whatever its ranks exited with, and restarts ranks that refused their config. Here a config is
+validated before any rank is started or waited for, and the ranks' own code is kept.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from trainer.config import TrainConfig, read_command
+from trainer.errors import INTERRUPTED, REFUSED, Failed, Interrupted, Refused, run_program
+
+_USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR run=DIR [key=value …]"
+
+
+def main(arguments: list[str]) -> None:
+    if "--" not in arguments:
+        raise Refused("there is no '--' between torchrun's flags and the trainer's", where="command line", fix=f"Usage: {_USAGE}")
+    at = arguments.index("--")
+    flags, trainer_arguments = arguments[:at], arguments[at + 1 :]
+    config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=trainer_arguments)
+    if not (Path(places["data"]) / "manifest.json").is_file():
+        raise Refused("there is no dataset", where=places["data"], fix="Make it with python -m trainer.data.")
+    _launch(flags, trainer_arguments, config)
+
+
+def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig) -> None:
+    # Loading torch takes seconds, and a refusal should not wait for it.
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    options = get_args_parser().parse_args([*flags, "-m", "trainer", *trainer_arguments])
+    if options.standalone:
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(os.getpid())
+    launch_config, command, command_arguments = config_from_args(options)
+    if launch_config.min_nodes == launch_config.max_nodes:  # else the world is known only after the rendezvous
+        config.grad_accum(launch_config.max_nodes * launch_config.nproc_per_node)
+    try:
+        elastic_launch(launch_config, command)(*command_arguments)
+    except SignalException as signal:
+        raise Interrupted(f"the ranks were stopped by {signal.sigval.name}") from None
+    except ChildFailedError as error:
+        raise _as_ours(error) from None
+
+
+def _as_ours(error: Exception) -> Exception:
+    """The exit code that says most about a failed gang: refused, then interrupted, then whatever came first."""
+    failures = getattr(error, "failures", {})
+    codes = {failure.exitcode for failure in failures.values()}
+    if REFUSED in codes:
+        sys.exit(REFUSED)  # the rank has told why
+    if INTERRUPTED in codes:
+        return Interrupted("the ranks were stopped")
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    fix = "See its log above; the next start goes on from the newest checkpoint."
+    return Failed(f"rank {rank} {how}, and no restart is left", where="trainer.launch", fix=fix)
+
+
+if __name__ == "__main__":
+    run_program(main)
