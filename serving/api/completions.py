@@ -1,0 +1,150 @@
+"""`POST /v1/completions`: text in, text out."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from serving.api.errors import bad_request
+from serving.api.generation import Generation, context_overflow, encode, room, served_model
+from serving.api.protocol import CompletionRequest
+from serving.engine.messages import Output, SamplingParams, TokenLogprob
+from serving.host import ModelHost, Served
+from serving.tokenizer import Tokenizer
+
+
+class Completion:
+    """One request's answer, whole or as events. Choice i·n + j is the j-th answer to the i-th prompt."""
+
+    def __init__(self, request: CompletionRequest, generation: Generation, prompts: list[list[int]]) -> None:
+        self.request, self.generation = request, generation
+        tokenizer = generation.served.tokenizer
+        n = request.n or 1
+        self.echoes = [tokenizer.decode(ids) if request.echo else "" for ids in prompts for _ in range(n)]
+        self.prompts = [ids for ids in prompts for _ in range(n)]
+        self.offsets = [len(echo) for echo in self.echoes]  # where each choice's own text begins
+        self.head = {
+            "id": f"cmpl-{generation.request_id}",
+            "object": "text_completion",
+            "created": generation.created_s,
+            "model": generation.served.name,
+        }
+
+    @classmethod
+    async def start(cls, host: ModelHost, body: CompletionRequest, request_id: str) -> "Completion":
+        served = served_model(host, body.model)
+        prompts = [await _prompt_ids(served, prompt) for prompt in body.prompts]
+        wanted = 16 if body.max_tokens is None else body.max_tokens
+        sequences: list[tuple[list[int], SamplingParams]] = []
+        for ids in prompts:
+            if len(ids) > served.max_model_len:
+                raise context_overflow(served, str(len(ids)), wanted)
+            max_tokens = room(served, ids, wanted)
+            for choice in range(body.n or 1):
+                echo_logprobs = bool(body.echo) and body.logprobs is not None
+                params = body.sampling(
+                    choice=choice, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=echo_logprobs
+                )
+                sequences.append((ids, params))
+        generation = Generation(
+            served, host.metrics, sequences,
+            usage_prompt_tokens=sum(map(len, prompts)),
+            queue_limit_tokens=host.settings.max_queued_tokens, request_id=request_id,
+        )  # fmt: skip
+        return cls(body, generation, prompts)
+
+    async def whole(self) -> dict[str, Any]:
+        texts = list(self.echoes)
+        logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
+        reasons: list[str | None] = [None] * len(texts)
+        async for index, output in self.generation:
+            texts[index] += output.text
+            reasons[index] = output.finish_reason or reasons[index]
+            new = self._logprobs(index, output)
+            if new is not None:
+                old = logprobs[index] or {key: [] for key in new}
+                logprobs[index] = {key: old[key] + new[key] for key in new}
+        choices = [
+            {"index": i, "text": text, "logprobs": logprobs[i], "finish_reason": reasons[i]}
+            for i, text in enumerate(texts)
+        ]
+        return {**self.head, "choices": choices, "usage": self.generation.usage()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
+        for index, echo in enumerate(self.echoes):
+            if echo and self.request.logprobs is None:  # with logprobs, the echo comes with the prompt's
+                yield {**self.head, "choices": [_choice(index, echo)], **usage}
+        async for index, output in self.generation:
+            text = output.text
+            if output.prompt_logprobs is not None:
+                text = self.echoes[index] + text
+            logprobs = self._logprobs(index, output)
+            if text or output.finish_reason or (logprobs and logprobs["tokens"]):
+                yield {**self.head, "choices": [_choice(index, text, logprobs, output.finish_reason)], **usage}
+        if usage:
+            yield {**self.head, "choices": [], "usage": self.generation.usage()}
+
+    def _logprobs(self, index: int, output: Output) -> dict[str, list[Any]] | None:
+        if output.logprobs is None:
+            return None
+        tokenizer, top = self.generation.served.tokenizer, self.request.logprobs or 0
+        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if output.prompt_logprobs is not None:
+            _add_prompt(result, tokenizer, self.prompts[index], output.prompt_logprobs, top)
+        for entry in output.logprobs:
+            _add(result, tokenizer, entry, top, self.offsets[index] + entry.offset)
+        return result
+
+
+def _choice(
+    index: int, text: str, logprobs: dict[str, list[Any]] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+async def _prompt_ids(served: Served, prompt: str | list[int]) -> list[int]:
+    ids = await encode(served, prompt, special=True) if isinstance(prompt, str) else prompt
+    assert served.engine.ready is not None
+    vocab_size = served.engine.ready.vocab_size
+    if any(i >= vocab_size for i in ids):
+        raise bad_request(f"Token {max(ids)} is outside the vocabulary of {vocab_size}", param="prompt")
+    if not ids:  # an answer to nothing begins where every document begins: after the end of another
+        ids = sorted(served.tokenizer.eos_ids)[:1]
+    if not ids:
+        raise bad_request("The prompt is empty, and this model has no token to begin with", param="prompt")
+    return ids
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as text; one that is no text by itself is spelled by its bytes, as OpenAI does."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _add(result: dict[str, list[Any]], tokenizer: Tokenizer, entry: TokenLogprob, top: int, offset: int) -> None:
+    alternatives = {token_text(tokenizer, i): value for i, value in entry.top}
+    result["tokens"].append(token_text(tokenizer, entry.token_id))
+    result["token_logprobs"].append(entry.logprob)
+    result["top_logprobs"].append(alternatives if top else None)
+    result["text_offset"].append(offset)
+
+
+def _add_prompt(
+    result: dict[str, list[Any]],
+    tokenizer: Tokenizer,
+    ids: list[int],
+    entries: Sequence[TokenLogprob | None],
+    top: int,
+) -> None:
+    """The echoed prompt's tokens. The first has no logprob: nothing came before it that could predict it."""
+    offset = 0
+    for token_id, entry in zip(ids, entries, strict=True):
+        if entry is None:
+            for key, value in (("token_logprobs", None), ("top_logprobs", None), ("text_offset", 0)):
+                result[key].append(value)
+            result["tokens"].append(token_text(tokenizer, token_id))
+        else:
+            _add(result, tokenizer, entry, top, offset)
+        offset += len(tokenizer.decode([token_id]))

@@ -1,0 +1,91 @@
+"""Server-sent events, with a client that may leave: the generator is closed at once when it does."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.api.errors import ApiError
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client hung up: there is nobody to answer."""
+
+
+class EventStream(Response):
+    """Sends each item of `events` as one event, then `[DONE]`; an `ApiError` in between is the last event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], *, on_close: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._on_close = events, on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await until_disconnect(self._send_all(send), receive)
+        except ClientGone:
+            return
+        finally:
+            await self._events.aclose()
+            self._on_close()
+
+    async def _send_all(self, send: Send) -> None:
+        last = DONE
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": encode(event), "more_body": True})
+        except ApiError as error:  # the status has been sent, so the stream itself must say that it is broken
+            last = encode(error.body())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def encode(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
+    """The result of `work`, which is cancelled when the client disconnects. Raises `ClientGone` then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request, *, limit_bytes: int) -> bytes:
+    """The request's body. Raises `ApiError` (413) as soon as it is too large, and `ClientGone`."""
+    too_large = ApiError(413, f"The body is larger than {limit_bytes} bytes", code="request_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise too_large
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > limit_bytes:
+            raise too_large
+        if not message.get("more_body"):
+            return bytes(body)

@@ -1,0 +1,184 @@
+"""The engine: sequences in, text out, one `step()` at a time. Knows no HTTP and no process; usable offline."""
+
+import os
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+
+from serving.engine.attention import KVPool
+from serving.engine.block_manager import BlockManager
+from serving.engine.messages import Output, SamplingParams
+from serving.engine.model_runner import ModelRunner, Sampled
+from serving.engine.scheduler import Scheduled, Scheduler
+from serving.engine.sequence import Sequence
+from serving.errors import Refused
+from serving.memory import available_bytes
+from serving.model.config import ModelConfig
+from serving.model.weights import load
+from serving.settings import Settings
+from serving.tokenizer import Tokenizer
+
+BLOCK_SIZE = 16  # tokens: small enough to waste little, large enough that a gather copies long runs
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # a step's budget: how long a prompt's chunk may hold up the others' tokens
+KV_MEMORY_SHARE = 0.5  # of what is free once the weights are loaded, unless --kv-bytes says
+
+
+class Engine:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, *, max_model_len: int) -> None:
+        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.max_model_len = max_model_len
+        self.sequences: dict[int, Sequence] = {}
+
+    @classmethod
+    def load(
+        cls, root: Path, settings: Settings, *, on_bytes: Callable[[int, int], None] = lambda *_: None
+    ) -> "Engine":
+        """An engine for the package at `root`. Raises `Refused` when the package or the memory does not allow it."""
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+        config = ModelConfig.read(root / "config.json")
+        tokenizer = Tokenizer(root)
+        device = _device(settings)
+        dtype = _dtype(settings, config, device)
+        model = load(root, config, device=device, dtype=dtype, on_bytes=on_bytes)
+        max_model_len = _max_model_len(settings, config, where=str(root))
+        num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
+        pool = KVPool(
+            layers=config.layers, num_blocks=num_blocks, block_size=BLOCK_SIZE,
+            kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device,
+        )  # fmt: skip
+        scheduler = Scheduler(
+            BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE),
+            max_num_seqs=settings.max_num_seqs,
+            max_step_tokens=max(STEP_TOKENS[device.type], settings.max_num_seqs),
+        )
+        runner = ModelRunner(model, pool, max_model_len=max_model_len)
+        return cls(runner, scheduler, tokenizer, max_model_len=max_model_len)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def add(self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *, arrived_s: float) -> None:
+        assert len(prompt_ids) + params.max_tokens <= self.max_model_len
+        seq = Sequence(seq_id, prompt_ids, params, decode=self.tokenizer.decode, arrived_s=arrived_s)
+        self.sequences[seq_id] = seq
+        self.scheduler.add(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """Forgets a sequence and frees its blocks; one that has finished already is no error."""
+        seq = self.sequences.pop(seq_id, None)
+        if seq is not None:
+            self.scheduler.remove(seq)
+
+    def step(self) -> list[Output]:
+        batch = self.scheduler.schedule()
+        batch.sort(key=lambda item: item.num_tokens > 1)  # decodes first, as the runner wants them
+        sampled = self.runner.run(batch)
+        return self._postprocess(batch, sampled)
+
+    def generate(self, prompts: Seq[list[int]], params: SamplingParams) -> list[str]:
+        """Answers all prompts and returns their texts: the engine as a library, with no server."""
+        for index, prompt_ids in enumerate(prompts):
+            self.add(index, prompt_ids, params, arrived_s=time.monotonic())
+        texts = [""] * len(prompts)
+        while self.has_work:
+            for output in self.step():
+                texts[output.seq_id] += output.text
+        return texts
+
+    def _postprocess(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[Output]:
+        outputs = []
+        for (seq, num_tokens), result in zip(batch, sampled, strict=True):
+            seq.num_computed += num_tokens
+            self.scheduler.blocks.publish(seq)
+            if result.token_id is None:
+                continue
+            output = self._advance(seq, result)
+            if output.finish_reason:
+                self.abort(seq.seq_id)
+            outputs.append(output)
+        return outputs
+
+    def _advance(self, seq: Sequence, result: Sampled) -> Output:
+        """Appends a sampled token to its sequence, and says what may be sent and whether the answer ends."""
+        params, token_id = seq.params, result.token_id
+        first = seq.num_output == 0
+        text, finish_reason = "", None
+        if params.max_tokens == 0:
+            finish_reason = "length"
+        else:
+            assert token_id is not None
+            seq.token_ids.append(token_id)
+            if token_id in self.tokenizer.eos_ids and not params.ignore_eos:
+                finish_reason = "stop"
+            else:
+                text = seq.text.push(token_id)
+                if result.logprob is not None:
+                    seq.pending_logprobs.append(result.logprob)
+                if seq.num_output == params.max_tokens:
+                    finish_reason = "length"
+        if finish_reason:
+            text += seq.text.flush()
+        if seq.text.stopped:
+            finish_reason = "stop"
+        return Output(
+            seq_id=seq.seq_id,
+            text=text,
+            num_tokens=seq.num_output,
+            finish_reason=finish_reason,
+            logprobs=_release_logprobs(seq, all_of_them=finish_reason is not None and not seq.text.stopped),
+            prompt_logprobs=seq.prompt_logprobs if first and params.prompt_logprobs else None,
+            queue_s=seq.queue_s if first else None,
+        )
+
+
+def _release_logprobs(seq: Sequence, *, all_of_them: bool) -> list | None:
+    """The tokens whose text has gone out, so that a stop string takes its tokens' logprobs with it."""
+    if seq.params.logprobs is None:
+        return None
+    ready = [entry for entry in seq.pending_logprobs if all_of_them or entry.offset < seq.text.emitted]
+    seq.pending_logprobs = seq.pending_logprobs[len(ready) :]
+    return ready
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("there is no CUDA device", where="--device cuda", fix="Use --device cpu, or run on a GPU node")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if settings.device == "auto" else settings.device)
+
+
+def _dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU unless the package says float32; on a CPU float32, which every one computes fast."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return torch.float32 if device.type == "cpu" or config.dtype == "float32" else torch.bfloat16
+
+
+def _max_model_len(settings: Settings, config: ModelConfig, *, where: str) -> int:
+    asked = settings.max_model_len or config.max_positions
+    if asked > config.max_positions:
+        what = f"--max-model-len {asked} is beyond the model's {config.max_positions} positions"
+        raise Refused(what, where=where, fix=f"Give at most {config.max_positions}")
+    return asked
+
+
+def _num_blocks(
+    settings: Settings, config: ModelConfig, device: torch.device, *, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory."""
+    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
+    per_seq = -(-max_model_len // BLOCK_SIZE)
+    if settings.kv_bytes is not None:
+        num_blocks = settings.kv_bytes // per_block
+    else:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        num_blocks = min(settings.max_num_seqs * per_seq, int(free * KV_MEMORY_SHARE) // per_block)
+    if num_blocks < per_seq:
+        what = f"{num_blocks * per_block:,} bytes cannot hold the keys and values of one {max_model_len}-token sequence"
+        fix = f"Give --kv-bytes {per_seq * per_block} or more, or a smaller --max-model-len"
+        raise Refused(what, where="--kv-bytes", fix=fix)
+    return num_blocks

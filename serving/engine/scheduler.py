@@ -1,0 +1,87 @@
+"""Who computes what in the next step: decoding first, then prompts in chunks, within a budget of tokens.
+
+Every sequence is "so many tokens known, so many computed", so that a prompt, a chunk of one, a decoded token and a
+preempted sequence's second prefill are one case. (Continuous batching: Orca, OSDI '22; mixed chunks: arXiv 2403.02310.)
+"""
+
+import time
+from collections import deque
+from typing import NamedTuple
+
+from serving.engine.block_manager import BlockManager
+from serving.engine.sequence import Sequence
+
+
+class Scheduled(NamedTuple):
+    seq: Sequence
+    num_tokens: int  # to compute in this step, from seq.num_computed on
+
+    @property
+    def completes(self) -> bool:
+        """True when all known tokens will be computed: the step then samples the next one."""
+        return self.seq.num_computed + self.num_tokens == len(self.seq)
+
+
+class Scheduler:
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_step_tokens: int) -> None:
+        assert max_step_tokens >= max_num_seqs
+        self.blocks = blocks
+        self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first: the youngest is preempted
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step's work; empty when there is none."""
+        batch, preempted = self._schedule_running()
+        if not preempted:
+            self._admit(batch)
+        return batch
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes out a sequence that is finished or aborted, wherever it is, and its blocks back."""
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self.blocks.release(seq)
+
+    def _schedule_running(self) -> tuple[list[Scheduled], bool]:
+        batch: list[Scheduled] = []
+        budget = self.max_step_tokens
+        preempted = False
+        while len(batch) < len(self.running):
+            seq = self.running[len(batch)]
+            behind = len(self.running) - len(batch) - 1  # a long prompt's chunk leaves each of these its token
+            num_tokens = min(seq.num_uncomputed, budget - behind)
+            while not self.blocks.grow(seq, seq.num_computed + num_tokens):
+                preempted = True
+                youngest = self.running.pop()
+                self.blocks.release(youngest)
+                self.waiting.appendleft(youngest)
+                if youngest is seq:
+                    return batch, True
+            batch.append(Scheduled(seq, num_tokens))
+            budget -= num_tokens
+        return batch, preempted
+
+    def _admit(self, batch: list[Scheduled]) -> None:
+        budget = self.max_step_tokens - sum(item.num_tokens for item in batch)
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            self.blocks.match_prefix(seq)
+            num_tokens = min(seq.num_uncomputed, budget)
+            # Room for the whole of it, and a block for each one running: who is let in is not thrown out the step after.
+            missing = self.blocks.blocks_for(len(seq)) - len(seq.block_table)
+            if missing + len(self.running) > self.blocks.num_free:
+                self.blocks.release(seq)
+                return
+            self.blocks.grow(seq, len(seq))
+            self.waiting.popleft()
+            self.running.append(seq)
+            if seq.queue_s is None:
+                seq.queue_s = time.monotonic() - seq.arrived_s
+            batch.append(Scheduled(seq, num_tokens))
+            budget -= num_tokens

@@ -1,0 +1,64 @@
+"""One answer in the making: its tokens, how many of them are in the cache, and the blocks that hold those."""
+
+import random
+from collections.abc import Callable
+
+from serving.engine.messages import SamplingParams, TokenLogprob
+from serving.text_stream import TextStream
+
+
+class Sequence:
+    __slots__ = (
+        "arrived_s",
+        "block_hashes",
+        "block_table",
+        "num_computed",
+        "num_prompt",
+        "num_published",
+        "params",
+        "pending_logprobs",
+        "prompt_logprobs",
+        "queue_s",
+        "rng",
+        "seq_id",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        decode: Callable[[list[int]], str],
+        arrived_s: float,
+    ) -> None:
+        assert prompt_ids, "an empty prompt has no last token to predict from"
+        self.seq_id = seq_id
+        self.params = params
+        self.token_ids = list(prompt_ids)
+        self.num_prompt = len(prompt_ids)
+        self.num_computed = 0  # tokens whose keys and values are in the cache
+        self.block_table: list[int] = []
+        self.num_published = 0  # of its full blocks, those that other sequences can find
+        self.block_hashes: list[bytes] = []  # of its full blocks, chained; grows as tokens are computed
+        self.arrived_s = arrived_s
+        self.queue_s: float | None = None
+        self.text = TextStream(decode, params.stop)
+        # One stream of chance for each sequence, advanced once a token: whatever else is in the batch, and however
+        # often the sequence is preempted, the same seed draws the same numbers.
+        self.rng = random.Random(params.seed)  # noqa: S311
+        self.pending_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed

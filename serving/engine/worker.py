@@ -1,0 +1,90 @@
+"""The engine's own process: `python -m serving.engine.worker FD`, started by `client.EngineProcess`.
+
+A process and not a thread: Python's one lock would make every step wait for the HTTP side's work and the other way
+round, a model swapped out gives back all of its memory, and a server that waits for a model never imports torch.
+"""
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from serving.engine.messages import Abort, Add, Failed, Load, Loading, Ready, Request, SamplingParams, Step
+from serving.engine.messages import Stop as StopMessage
+from serving.errors import Refused
+
+PROGRESS_INTERVAL_S = 0.25
+
+
+def main() -> None:
+    # The server decides when its engine ends: a terminal's Ctrl-C and a group's SIGTERM reach both of them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    try:
+        load = inbox.get()
+        assert isinstance(load, Load)
+        _serve(load, inbox, connection)
+    except Refused as error:
+        connection.send(Failed(str(error), refused=True))
+    except Exception as error:
+        connection.send(Failed(f"{type(error).__name__}: {error}", refused=False))
+        raise
+
+
+def _receive(connection: Connection, inbox: "queue.SimpleQueue[Request]") -> None:
+    """Reads all that the server says. When it is gone, so is the reason to be here, even in the middle of a load."""
+    while True:
+        try:
+            inbox.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Connection) -> None:
+    started_s = time.monotonic()
+    from serving.engine.engine import Engine  # imports torch, which takes seconds: the server hears about them
+
+    engine = Engine.load(Path(load.root), load.settings, on_bytes=_progress(connection))
+    # Ready means that a token was made: memory is touched, kernels are chosen, and the weights give numbers.
+    engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0))
+    blocks = engine.scheduler.blocks
+    seconds = time.monotonic() - started_s
+    connection.send(Ready(engine.max_model_len, engine.runner.model.config.vocab_size, blocks.num_blocks, seconds))
+    while True:
+        while not engine.has_work or not inbox.empty():
+            match inbox.get():
+                case Add(seq_id, prompt_ids, params, arrived_s):
+                    engine.add(seq_id, prompt_ids, params, arrived_s=arrived_s)
+                case Abort(seq_ids):
+                    for seq_id in seq_ids:
+                        engine.abort(seq_id)
+                    if not engine.has_work:
+                        connection.send(Step([], 0, 0, blocks.used_ratio))
+                case StopMessage():
+                    return
+        outputs = engine.step()
+        scheduler = engine.scheduler
+        connection.send(Step(outputs, len(scheduler.running), len(scheduler.waiting), blocks.used_ratio))
+
+
+def _progress(connection: Connection):
+    next_s = 0.0
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s or done >= total:
+            next_s = time.monotonic() + PROGRESS_INTERVAL_S
+            connection.send(Loading(done, total))
+
+    return on_bytes
+
+
+if __name__ == "__main__":
+    main()

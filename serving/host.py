@@ -1,0 +1,153 @@
+"""Keeps the server's model current: loads it, follows its channel, and swaps without a request noticing.
+
+waiting (no channel file) → loading → serving, and from there loading the next one beside it → serving that.
+While nothing is to be served nothing is loaded, not even torch: training may be running on the same machine.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving import logs
+from serving.chat_template import ChatTemplate
+from serving.engine.client import EngineError, EngineProcess
+from serving.errors import Refused
+from serving.metrics import Metrics
+from serving.package import Channel, Package, fetch
+from serving.settings import Settings
+from serving.tokenizer import Tokenizer
+
+RETRY_MAX_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers now."""
+
+    package: Package
+    name: str
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    engine: EngineProcess
+    max_model_len: int
+    created_s: int
+
+
+class ModelHost:
+    def __init__(self, source: Package | Channel, settings: Settings, metrics: Metrics) -> None:
+        self.source, self.settings, self.metrics = source, settings, metrics
+        self.name = settings.served_name or source.name
+        self.current: Served | None = None
+        self.why_not_ready = "the model is loading"
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._engines: list[EngineProcess] = []
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def engines(self) -> list[EngineProcess]:
+        return self._engines
+
+    async def run(self) -> None:
+        """Serves the source until cancelled. Raises `Refused` or `EngineError` when a fixed package can't be loaded."""
+        if isinstance(self.source, Package):
+            await self._swap(self.source)
+        else:
+            await self._follow(self.source)
+
+    async def stop(self) -> None:
+        for task in self._retiring:
+            task.cancel()
+        await asyncio.gather(*(engine.stop() for engine in self._engines))
+
+    async def _follow(self, channel: Channel) -> None:
+        refused: Package | None = None  # not tried again: the same bytes would be refused again
+        said = ""
+        retry_s = self.settings.poll_s
+        while True:
+            delay_s = self.settings.poll_s
+            try:
+                package = await asyncio.to_thread(channel.read)
+                if package is None and self.current is None:
+                    self.why_not_ready = f"there is no model in the channel yet ({channel.url})"
+                    said = _say_once("waiting", self.why_not_ready, said)
+                elif package not in (None, refused, self.current and self.current.package):
+                    assert package is not None
+                    await self._swap(package)
+                    retry_s, refused, said = self.settings.poll_s, None, ""
+            except Refused as error:
+                refused = locals().get("package")
+                self.why_not_ready = str(error)
+                said = _say_once("error", str(error), said)
+            except (EngineError, OSError) as error:
+                self.why_not_ready = f"the model could not be loaded: {error}"
+                said = _say_once("error", self.why_not_ready, said)
+                delay_s = retry_s = min(2 * retry_s, RETRY_MAX_S)
+            await asyncio.sleep(delay_s)
+
+    async def _swap(self, package: Package) -> None:
+        """Loads `package` beside what is served now, and then sends new requests to it; those in flight stay."""
+        started_s = time.monotonic()
+        if self.current is None:
+            self.why_not_ready = "the model is loading"
+        checking = logs.Progress("load", total=0, unit="bytes checked")
+        root = await asyncio.to_thread(fetch, package, on_bytes=lambda done, total: _advance(checking, done, total))
+        served = await self._load(package, root)
+        old, self.current = self.current, served
+        if old is not None:
+            self.metrics.model_info.remove(_digest_label(old.package))
+            task = asyncio.create_task(self._retire(old))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        self.metrics.model_info.labels(_digest_label(package)).set(1)
+        logs.event("done", stage="load", seconds=round(time.monotonic() - started_s, 2), skipped=False)
+        logs.event("serving", model=self.name, digest=package.digest, max_model_len=served.max_model_len)
+
+    async def _load(self, package: Package, root: Path) -> Served:
+        tokenizer = await asyncio.to_thread(Tokenizer, root)
+        chat_template = ChatTemplate.read(root)
+        loading = logs.Progress("load", total=0, unit="bytes")
+        engine = await EngineProcess.start(
+            root, self.settings, on_bytes=lambda done, total: _advance(loading, done, total)
+        )
+        self._engines.append(engine)
+        ready = engine.ready
+        assert ready is not None
+        engine.died.add_done_callback(lambda died: self._on_death(engine, died.result()))
+        return Served(
+            package=package,
+            name=self.name,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            engine=engine,
+            max_model_len=ready.max_model_len,
+            created_s=int(time.time()),
+        )
+
+    async def _retire(self, old: Served) -> None:
+        await old.engine.drained()
+        await old.engine.stop()
+        self._engines.remove(old.engine)
+        logs.event("retired", model=old.name, digest=old.package.digest)
+
+    def _on_death(self, engine: EngineProcess, why: str) -> None:
+        """An engine that serves and ends by itself ends the server: who runs it (Kubernetes) knows how to start it."""
+        if self.current is not None and self.current.engine is engine and not self.failed.done():
+            self.current = None
+            self.why_not_ready = why
+            self.failed.set_result(why)
+
+
+def _advance(progress: logs.Progress, done: int, total: int) -> None:
+    progress.total = total
+    progress.update(done)
+
+
+def _say_once(name: str, message: str, said: str) -> str:
+    if message != said:
+        logs.event(name, message=message, level="error" if name == "error" else "info")
+    return message
+
+
+def _digest_label(package: Package) -> str:
+    return package.digest or "none"

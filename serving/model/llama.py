@@ -1,0 +1,120 @@
+"""The forward pass of Llama, Mistral, Qwen2 and Qwen3, over a flat batch of tokens from any mix of sequences.
+
+Shapes: N tokens of the step, E hidden, H query heads, K key-value heads, D head size, F feed-forward, V vocabulary.
+Nothing here knows sequences, blocks or devices: attention over the cache is the `Attend` that the caller passes.
+Query, key and value share one matrix, and so do gate and up, since three small products cost more than one.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serving.model.config import ModelConfig, RopeScaling
+
+
+class Attend(Protocol):
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Stores the new keys and values, and returns each token's attention over its own sequence, as N × H·D."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(config: ModelConfig, *, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each positions × 1 × D in float32, for the half-split rotation of Hugging Face's checkpoints.
+
+    The first half of sin is negated, which turns `rotate_half(x) * sin` into `roll(x, D/2) * sin`.
+    Source: RoFormer (arXiv 2104.09864), eq. 34; its scaling, Llama 3.1's release (`rope_type` llama3).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is not None:
+        inv_freq = _scale_frequencies(inv_freq, config.rope_scaling)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
+def _scale_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_max_positions * inv_freq / (2 * torch.pi)  # over the context that was trained first
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: stretch by the factor; 1: leave as it is
+    return keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.heads, config.kv_heads, config.head_dim
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.hidden, width, bias=config.qkv_bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.hidden, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_NE: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
+        qkv = self.qkv(x_NE).view(len(x_NE), -1, self.head_dim)
+        qk, v_NKD = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.heads, self.kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        qk = torch.addcmul(qk * cos_N1D, qk.roll(self.head_dim // 2, -1), sin_N1D)
+        q_NHD, k_NKD = qk.split((self.heads, self.kv_heads), dim=1)
+        return self.out(attend(self.layer, q_NHD, k_NKD, v_NKD))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden, 2 * config.ffn, bias=config.mlp_bias)
+        self.down = nn.Linear(config.ffn, config.hidden, bias=config.mlp_bias)
+
+    def forward(self, x_NE: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_NE).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_NE: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
+        x_NE = x_NE + self.attention(self.attention_norm(x_NE), cos_N1D, sin_N1D, attend)
+        return x_NE + self.ffn(self.ffn_norm(x_NE))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids_N: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the last norm, N × E."""
+        x_NE = self.embed(ids_N)
+        for block in self.blocks:
+            x_NE = block(x_NE, cos_N1D, sin_N1D, attend)
+        return self.norm(x_NE)
+
+    def logits(self, x_NE: Tensor) -> Tensor:
+        """N × V in float32. Only rows that are sampled from come here: the vocabulary's product is the largest."""
+        return self.head(x_NE).float()

@@ -1,0 +1,101 @@
+"""Reads the weights of a Hugging Face directory into a `Llama`, with every name and shape accounted for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from serving.errors import Refused
+from serving.model.config import ModelConfig
+from serving.model.llama import Llama
+
+ATTENTION, MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+
+# Our parameter → the checkpoint's tensors, laid one below the other.
+LAYER_SOURCES = {
+    "attention_norm": ("model.layers.{i}.input_layernorm",),
+    "attention.qkv": (ATTENTION + "q_proj", ATTENTION + "k_proj", ATTENTION + "v_proj"),
+    "attention.out": (ATTENTION + "o_proj",),
+    "attention.q_norm": (ATTENTION + "q_norm",),
+    "attention.k_norm": (ATTENTION + "k_norm",),
+    "ffn_norm": ("model.layers.{i}.post_attention_layernorm",),
+    "ffn.gate_up": (MLP + "gate_proj", MLP + "up_proj"),
+    "ffn.down": (MLP + "down_proj",),
+}
+TOP_SOURCES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def load(
+    root: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int, int], None]
+) -> Llama:
+    """The model with its weights on `device`. `on_bytes(done, total)` tells progress.
+
+    Raises `Refused`, naming the file, when a file is truncated, or a tensor is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    files = _tensor_files(root)
+    total_bytes = sum(path.stat().st_size for path in set(files.values()))
+    done_bytes = 0
+    state: dict[str, Tensor] = {}
+    handles = {path: _open(path) for path in sorted(set(files.values()))}
+    for name, parameter in model.named_parameters():
+        parts = []
+        for source in _sources(name):
+            if source not in files:
+                raise Refused(f"tensor '{source}' is missing", where=str(root), fix="Export the model again")
+            part = handles[files.pop(source)].get_tensor(source)
+            done_bytes += part.nbytes
+            parts.append(part.to(device=device, dtype=dtype))
+        # torch.cat copies, so that a package replaced on disk never changes, or tears, the weights being served.
+        state[name] = torch.cat(parts)
+        if state[name].shape != parameter.shape:
+            what = f"'{name}' has shape {tuple(state[name].shape)}, the config says {tuple(parameter.shape)}"
+            raise Refused(what, where=str(root), fix="config.json and the weights are of different models")
+        on_bytes(min(done_bytes, total_bytes), total_bytes)
+    unread = [name for name in files if not (config.tied and name == "lm_head.weight") and "rotary_emb" not in name]
+    if unread:
+        what = f"{len(unread)} tensors have no place in a {config.family} model, such as '{unread[0]}'"
+        raise Refused(what, where=str(root), fix="config.json and the weights are of different models")
+    if config.tied:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, assign=True)
+    on_bytes(total_bytes, total_bytes)
+    return model.requires_grad_(False).eval()
+
+
+def _sources(name: str) -> list[str]:
+    """The checkpoint's names for our parameter `name`, such as `blocks.3.attention.qkv.weight`."""
+    module, _, kind = name.rpartition(".")
+    if module in TOP_SOURCES:
+        return [f"{TOP_SOURCES[module]}.{kind}"]
+    _, layer, part = module.split(".", 2)
+    return [f"{source.format(i=layer)}.{kind}" for source in LAYER_SOURCES[part]]
+
+
+def _tensor_files(root: Path) -> dict[str, Path]:
+    """Each tensor's name → the file that holds it."""
+    index, single = root / "model.safetensors.index.json", root / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise Refused("model.safetensors is missing", where=str(root), fix="Export the model as safetensors")
+        return dict.fromkeys(_open(single).keys(), single)
+    try:
+        files = {str(name): root / str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError):
+        raise Refused("the index of shards cannot be read", where=str(index), fix="Export the model again") from None
+    for path in set(files.values()):
+        if not path.is_file() or path.parent != root:
+            raise Refused("a shard of the model is missing", where=str(path), fix="Copy or export the model again")
+    return files
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        what = f"the file is truncated or no safetensors file: {error}"
+        raise Refused(what, where=str(path), fix="Copy or export the model again") from None

@@ -1,0 +1,99 @@
+"""The command line of `python -m serving`, parsed and validated into one frozen value. Imports nothing heavy."""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from serving.errors import Refused
+
+UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str  # a package, a Hugging Face directory, a registry entry or a channel file
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 picks a free one
+    served_name: str | None = None
+    max_model_len: int | None = None  # tokens of prompt and answer together; the model's own limit when not given
+    max_num_seqs: int = 64
+    max_queued_tokens: int = 65_536
+    kv_bytes: int | None = None  # what max_num_seqs whole sequences need, or a share of memory, when not given
+    dtype: str = "auto"
+    device: str = "auto"
+    drain_s: float = 30.0
+    poll_s: float = 2.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in the project's form: one line, with the fix."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(message, where="command line", fix=f"See `{self.prog} --help`")
+
+
+def parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size in bytes, such as 1073741824 or 1GiB")
+    return _positive(int(float(match[1]) * UNITS_BYTES[match[2] or ""]), text)
+
+
+def _positive(value: int, text: str) -> int:
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' must be above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return _positive(int(text), text)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"'{text}' is no port (0 to 65535)")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
+    return float(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser("python -m serving", description="Serves a model package over OpenAI's HTTP API.", allow_abbrev=False)
+    p.add_argument("model", metavar="MODEL", help="package, Hugging Face directory, or …/channels/<channel>.json")
+    p.add_argument("--host", default=Settings.host)
+    # A container's port is told by the environment, so that one manifest runs where the number is taken (contracts).
+    p.add_argument("--port", type=_port, default=os.environ.get("HTTP_PORT", str(Settings.port)))
+    p.add_argument("--served-name", help="what requests call the model; its registry or directory name by default")
+    p.add_argument("--max-model-len", type=_count, metavar="TOKENS", help="prompt and answer together")
+    p.add_argument("--max-num-seqs", type=_count, metavar="N", default=Settings.max_num_seqs, help="run together")
+    p.add_argument("--max-queued-tokens", type=_count, metavar="TOKENS", default=Settings.max_queued_tokens)
+    p.add_argument("--kv-bytes", type=parse_bytes, metavar="BYTES", help="memory for keys and values: 2GiB, 1073741824")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default=Settings.dtype)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
+    p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
+    p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")
+    return p
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """The settings of a command line. Raises `Refused` for anything wrong, with the nearest flag for an unknown one."""
+    p = parser()
+    known, unknown = p.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in p._actions for flag in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        fix = f"Did you mean {nearest[0]}?" if nearest else f"See `{p.prog} --help`"
+        raise Refused(f"unknown argument '{unknown[0]}'", where="command line", fix=fix)
+    if known.poll_s < 0.05:
+        raise Refused(f"--poll-s {known.poll_s} is too short", where="command line", fix="Give at least 0.05")
+    return Settings(**vars(known))
