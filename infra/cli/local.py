@@ -1,9 +1,180 @@
+"""`slipway local`: run a stack's rendered manifests as processes of this machine."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import httpx
 import typer
+from rich.table import Table
 
-app = typer.Typer()
+from infra.checks import enforce
+from infra.cli.board import Board
+from infra.cli.project import AsJson, Refusal, StackName, people, print_json, root, stack_file
+from infra.cli.show import show_findings, show_plan
+from infra.cli.summary import Outcome, curl, outcome_of, show_curve, show_evaluation, stream_completion
+from infra.local import client
+from infra.planner import plan as make_plan
+from infra.spec import Stack, load
+
+app = typer.Typer(
+    help="Run a stack on this machine: its rendered Jobs and Deployments as processes. No cluster, no container engine.",
+    no_args_is_help=True,
+)
+
+INTERRUPTED = 130
+PROMPT = "def "
+
+
+def state_dir(stack: str) -> Path:
+    """Where a stack of this machine keeps its volumes, logs and processes' state."""
+    return root() / ".slipway" / stack
 
 
 @app.command()
-def up() -> None: ...
+def up(stack: StackName = "local", json: AsJson = False) -> None:
+    """Bring the stack up, and return when its endpoint answers.
+
+    Only what the stack file's changes touch is run again. Ctrl-C stops everything; the next `up` goes on where it was.
+    """
+    spec = load(stack_file(stack))
+    planned = make_plan(spec)
+    show_plan(planned, stack=stack, console=people)
+    show_findings(enforce(spec, planned), console=people)
+    from infra.render import render  # Pulumi's import takes a second: not before the plan is on the screen
+
+    manifests = state_dir(stack) / "manifests"
+    try:
+        with people.status("declaring the stack"):
+            render(stack_file(stack), manifests)
+        people.print()
+        final = _run(manifests, state_dir(stack))
+    except client.LocalError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        people.print("\nStopped, no process is left. `up` again goes on from the last checkpoint.")
+        sys.exit(INTERRUPTED)
+    _tell(spec, final, stack=stack, json=json)
+
+
 @app.command()
-def down() -> None: ...
+def down(
+    stack: StackName = "local",
+    volumes: Annotated[
+        bool, typer.Option("--volumes", help="Remove datasets, checkpoints, registry and logs too.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Stop everything that `up` started, whatever state it is in; what it made is kept for the next `up`."""
+    try:
+        with people.status("stopping"):
+            found = client.down(state_dir(stack), purge=volumes and state_dir(stack).exists())
+    except client.LocalError as error:
+        _fail(error)
+    if json:
+        print_json(
+            {"stack": stack, "was_running": found.was_running, "killed": found.killed, "volumes_removed": volumes}
+        )
+    else:
+        people.print(f"{stack} is down" + ("" if found.was_running or found.killed else " (it was not up)"))
+
+
+@app.command()
+def status(stack: StackName = "local", json: AsJson = False) -> None:
+    """What runs, and what waits for what."""
+    found = client.status(state_dir(stack))
+    if json:
+        print_json(found.model_dump())
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "name", "state", "ready", "restarts", "where", "why"):
+        table.add_column(name)
+    for workload in found.workloads:
+        ready = f"{workload.ready}/{workload.wanted}"
+        where, why = workload.url or "", workload.reason
+        table.add_row(workload.kind, workload.name, workload.state, ready, str(workload.restarts), where, why)
+    people.print(table if found.workloads else f"{stack} has never been up. Fix: slipway local up -s {stack}")
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="A workload or a pod, as `slipway local status` lists them.")],
+    stack: StackName = "local",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Print the log lines of a workload's containers."""
+    try:
+        for line in client.logs(state_dir(stack), name, follow=follow):
+            if json:
+                print_json({"pod": line.pod, "container": line.container, "text": line.text})
+            else:
+                typer.echo(f"{line.pod} {line.container} {line.text}")
+    except client.LocalError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _run(manifests: Path, state: Path) -> client.Status:
+    """Bring the manifests up, drawing what happens. Returns the settled status."""
+    with closing(client.up(manifests, state)) as events, Board(people) as board:
+        for event in events:
+            if event.type == "log" and event.event:
+                board.see(event.event)
+            elif event.type == "settled" and event.status:
+                return event.status
+    raise client.LocalError("`up` ended before the stack was settled", exit_code=1)
+
+
+def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
+    outcome = outcome_of(_job_lines(final, state_dir(stack)))
+    url = next((workload.url for workload in final.workloads if workload.url), None)
+    if json:
+        print_json({"stack": stack, "endpoint": url} | vars(outcome))
+        return
+    for warning in final.warnings:
+        people.print(f"[yellow]note:[/] {warning}")
+    people.print()
+    show_curve(outcome, console=people)
+    show_evaluation(outcome, console=people)
+    if url is None or not spec.services:
+        return
+    _show_endpoint(spec, outcome, url=url, stack=stack)
+
+
+def _show_endpoint(spec: Stack, outcome: Outcome, *, url: str, stack: str) -> None:
+    model = spec.services[0].model
+    sample = spec.training.evaluate.sample if spec.training else None
+    prompt = sample.prompt if sample else PROMPT
+    people.print(f"\n[bold green]{model}[/] answers at [bold]{url}[/]:\n")
+    try:
+        stream_completion(
+            url, model=model, prompt=prompt, max_tokens=sample.max_tokens if sample else 64, console=people
+        )
+    except httpx.HTTPError as error:
+        raise Refusal(
+            f"the endpoint does not answer: {error}. Fix: slipway local logs {spec.services[0].name}"
+        ) from None
+    people.print("\nTry next:", style="bold")
+    for command in (curl(url, model=model, prompt=prompt), f"slipway local status -s {stack}", "make down"):
+        people.print(f"  {command}", markup=False)
+    if "report" in outcome.artifacts:
+        people.print(f"report: {outcome.artifacts['report']}", style="dim")
+
+
+def _job_lines(final: client.Status, state: Path) -> Iterator[str]:
+    """Log lines of the stack's Jobs; a Job that was complete before logs were kept has none."""
+    for workload in final.workloads:
+        if workload.kind == "Job":
+            try:
+                yield from (line.text for line in client.logs(state, workload.name))
+            except client.LocalError:
+                continue
+
+
+def _fail(error: client.LocalError) -> NoReturn:
+    people.print(f"[bold red]error:[/] {error}")
+    sys.exit(error.exit_code)

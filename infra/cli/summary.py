@@ -1,0 +1,104 @@
+"""What came out of a run, from the log events of its programs: loss curve, evaluation, a streamed completion, what to try next."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+import plotext  # pyright: ignore[reportMissingTypeStubs]
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+BASELINES = {"unigram": "unigram", "trigram": "trigram, interpolated", "kneser_ney_5": "5-gram, Kneser–Ney"}
+ANSWER_S = 60.0
+
+
+@dataclass
+class Outcome:
+    """The last of each event that a summary shows."""
+
+    curve: dict[int, float] = field(default_factory=dict[int, float])
+    """Training loss by step."""
+    evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
+    published: dict[str, Any] = field(default_factory=dict[str, Any])
+    artifacts: dict[str, str] = field(default_factory=dict[str, str])
+    """Path by kind."""
+
+    def see(self, event: Mapping[str, Any]) -> None:
+        match event.get("event"):
+            case "progress" if event.get("stage") == "train" and event.get("loss") is not None:
+                self.curve[int(event["step"])] = float(event["loss"])
+            case "evaluation":
+                self.evaluation = dict(event)
+            case "published":
+                self.published = dict(event)
+            case "artifact":
+                self.artifacts[str(event["kind"])] = str(event["path"])
+            case _:
+                pass
+
+
+def outcome_of(lines: Iterable[str]) -> Outcome:
+    """The outcome that log lines tell of; what is no event is passed over."""
+    outcome = Outcome()
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            outcome.see(cast(dict[str, Any], event))
+    return outcome
+
+
+def show_curve(outcome: Outcome, *, console: Console) -> None:
+    """Training loss by step, in characters, and where the picture is."""
+    if len(outcome.curve) < 2:
+        return
+    steps = sorted(outcome.curve)
+    plot = cast(Any, plotext)
+    plot.clear_figure()
+    plot.theme("clear")
+    plot.plot_size(min(console.width, 76), 14)
+    plot.plot(steps, [outcome.curve[step] for step in steps], marker="braille")
+    plot.title("training loss (nats per token) by step")
+    console.print(Text(str(plot.build()).rstrip()))
+    if "plot" in outcome.artifacts:
+        console.print(Text(f"picture: {outcome.artifacts['plot']}", style="dim"))
+
+
+def show_evaluation(outcome: Outcome, *, console: Console) -> None:
+    """Bits per byte of the model and of the n-gram models on text that neither has seen."""
+    found = outcome.evaluation
+    if not found:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("held-out text")
+    table.add_column("bits per byte", justify="right")
+    rows = [(BASELINES.get(name, name), value) for name, value in found["baselines"].items()]
+    for name, value in sorted([*rows, ("the model", found["bits_per_byte"])], key=lambda row: -row[1]):
+        table.add_row(name, f"{value:.3f}", style="bold green" if name == "the model" else "")
+    console.print(table)
+
+
+def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, console: Console) -> None:
+    """Ask the endpoint and show the answer as it comes. Raises httpx.HTTPError when it does not answer."""
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    console.print(Text(prompt, style="dim"), end="")
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=ANSWER_S) as response:
+        if response.status_code != 200:
+            response.read()
+            response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    console.print(Text(choice["text"], style="cyan"), end="")
+    console.print()
+
+
+def curl(url: str, *, model: str, prompt: str) -> str:
+    """A command that asks the endpoint, for people to copy."""
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 64})
+    return f"curl -s {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
