@@ -92,8 +92,7 @@ def up(manifests_dir: Path, state_dir: Path) -> Iterator[Event]:
                             yield Event("settled", status=status(state_dir))
                             return
                         case "failed":
-                            finished = True
-                            list(answers)  # until it has stopped what it started
+                            finished = not answer["stopping"]
                             raise LocalError(answer["message"], exit_code=answer["code"])
                         case _:
                             raise LocalError(f"stopped by a `down` ({state_dir})", exit_code=1)

@@ -189,7 +189,7 @@ class Supervisor:
 
     def _refuse(self, message: str, code: int) -> None:
         """Tell why, and go when nothing else is here to be kept."""
-        self._send({"type": "failed", "message": message, "code": code})
+        self._send({"type": "failed", "message": message, "code": code, "stopping": not self._running})
         if not self._running:
             self._stop.set()
 
