@@ -269,6 +269,7 @@ def _stop(state_dir: Path) -> Down:
     while _is_running(state_dir) and time.monotonic() < until:
         time.sleep(0.02)
     killed = kill_marked(STATE_MARK, str(state_dir))
+    shutil.rmtree(state_dir / "pods", ignore_errors=True)  # files of Secrets, when a supervisor was killed
     socket_path = _identity(state_dir).get("socket")
     if socket_path:
         # Left by a supervisor that was killed.

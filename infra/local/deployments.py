@@ -7,7 +7,7 @@ from infra.local.pod import Host, Pod, PodExit
 from infra.local.status import WorkloadStatus
 
 # A pod that starts so often without becoming ready is told of as a failure to whoever waits for it.
-_CRASHES_UNTIL_FAILED = 5
+_CRASHES_UNTIL_FAILED = 3
 
 
 class DeploymentController:

@@ -45,6 +45,7 @@ class Supervisor:
         self._book = AddressBook()
         self.planner = Planner(manifests=Manifests(()), book=self._book, state_dir=state_dir)
         self._running: dict[str, tuple[Controller, asyncio.Task[None]]] = {}
+        self._withdrawn: list[WorkloadStatus] = []  # by the last `up`, which failed
         self._warnings: list[str] = []
         self._changed = asyncio.Event()  # for the attached `up`
         self._stale = asyncio.Event()  # for status.json
@@ -182,15 +183,27 @@ class Supervisor:
         return None
 
     async def _withdraw(self, started: set[str]) -> None:
-        """Stop what this `up` has started, so that nothing half-done stays; logs and volumes do."""
+        """Stop what this `up` has started, so that nothing half-done stays; what is complete, logs and volumes do."""
+        keys = [key for key in self._running if key in started and not self._is_complete(key)]
+        self._withdrawn = [
+            w.model_copy(update={"pods": [], "ready": 0} | ({} if w.state == "Failed" else {"state": "Stopped"}))
+            for w in self.status().workloads
+            if f"{w.kind}/{w.name}" in keys
+        ]
+        await self._cancel(keys)
+        for key in keys:
+            del self._running[key]
         self._save_status()
-        await self._cancel([key for key in self._running if key in started])
-        self._running = {key: value for key, value in self._running.items() if key not in started}
+
+    def _is_complete(self, key: str) -> bool:
+        controller = self._running[key][0]
+        return isinstance(controller, JobController) and controller.complete
 
     def _refuse(self, message: str, code: int) -> None:
-        """Tell why, and go when nothing else is here to be kept."""
-        self._send({"type": "failed", "message": message, "code": code, "stopping": not self._running})
-        if not self._running:
+        """Tell why, and go when nothing that runs is to be kept."""
+        stopping = all(map(self._is_complete, self._running))
+        self._send({"type": "failed", "message": message, "code": code, "stopping": stopping})
+        if stopping:
             self._stop.set()
 
     def _send(self, message: dict[str, Any], *, to: asyncio.StreamWriter | None = None) -> None:
@@ -212,7 +225,7 @@ class Supervisor:
         done = self._completed_jobs(manifests)
         wanted = {w.key: w for w in manifests.workloads}
         stale = [key for key in self._running if key not in wanted or self._starts_again(key, wanted[key])]
-        self._book, self.planner = book, planner
+        self._book, self.planner, self._withdrawn = book, planner, []
         await self._cancel(stale)
         for key in stale:
             del self._running[key]
@@ -280,11 +293,11 @@ class Supervisor:
             ports = list(self._book.published.get(key, {}).values())
             url = f"http://127.0.0.1:{ports[0]}" if ports else None
             workloads.append(controller.status().model_copy(update={"url": url}))
-        return Status(running=True, pid=os.getpid(), workloads=workloads, warnings=self._warnings)
+        return Status(running=True, pid=os.getpid(), workloads=[*workloads, *self._withdrawn], warnings=self._warnings)
 
     def _save_status(self) -> None:
         write_atomically(self.state_dir / "status.json", self.status().model_dump_json(indent=1))
-        complete = sorted(k for k, (c, _) in self._running.items() if isinstance(c, JobController) and c.complete)
+        complete = sorted(filter(self._is_complete, self._running))
         write_atomically(self.state_dir / "jobs.json", json.dumps({"complete": complete}))
 
     async def _write_status(self) -> None:

@@ -200,7 +200,13 @@ def test_names_of_services_and_pods():
     def resolve(host: str, port: int, namespace: str = "default") -> str | None:
         return book.resolve(host, port, namespace=namespace)
 
-    for host in ("web", "web.default", "web.default.svc", "web.default.svc.cluster.local", "web.default.svc.cluster.local."):
+    for host in (
+        "web",
+        "web.default",
+        "web.default.svc",
+        "web.default.svc.cluster.local",
+        "web.default.svc.cluster.local.",
+    ):
         assert resolve(host, 80) == known
     assert resolve("web.default", 80, namespace="other") == known
     assert resolve("web", 80, namespace="other") is None
@@ -247,7 +253,10 @@ def test_an_envoy_configuration():
     planned = plan(text)
     config = yaml.safe_load(planned.files[planned.directory / "volumes/c/envoy.yaml"])
     assert config["admin"]["access_log_path"] == f"{planned.directory}/volumes/log/admin"
-    assert config["admin"]["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": planned.ports["admin"]}
+    assert config["admin"]["address"]["socket_address"] == {
+        "address": "127.0.0.1",
+        "port_value": planned.ports["admin"],
+    }
     assert config["static_resources"]["listeners"][0]["address"]["socket_address"]["port_value"] == planned.ports["in"]
     pool, static = config["static_resources"]["clusters"]
     assert pool.keys() == {"name", "type", "lb_policy", "eds_cluster_config"}
@@ -256,7 +265,7 @@ def test_an_envoy_configuration():
         "port_value": 443,
     }
     (file,) = planned.endpoint_files
-    resource = json.loads(file.render(lambda host, port: [1001, 1002] if port == 8000 else None))["resources"][0]
+    resource = json.loads(file.render(lambda _, port: [1001, 1002] if port == 8000 else None))["resources"][0]
     assert resource["cluster_name"] == "pool"
     assert resource["endpoints"][0]["lb_endpoints"] == [
         {

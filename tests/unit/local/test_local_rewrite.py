@@ -110,12 +110,12 @@ def test_known_hosts_and_the_wildcard_address_are_replaced(text: str, rewritten:
 
 @given(st.text())
 def test_a_text_that_names_nothing_is_left_alone(text: str):
-    assert rewrite.hosts(text.replace("0.0.0.0", ""), lambda host, port: None) == text.replace("0.0.0.0", "")
+    assert rewrite.hosts(text.replace("0.0.0.0", ""), lambda *_: None) == text.replace("0.0.0.0", "")
 
 
 def test_programs():
     assert rewrite.program("python") == sys.executable
-    assert shutil.which(rewrite.program("envoy")) and rewrite.program("envoy").startswith("/")
+    assert shutil.which(rewrite.program("envoy"))
     assert rewrite.program("sh") == "sh"
 
 
