@@ -207,6 +207,8 @@ class Pod:
         """Run a container to its end, or until a probe or a cancellation stops it; nothing of it is left behind."""
         plan, mark = container.plan, f"{self.plan.name}/{container.plan.name}/{secrets.token_hex(8)}"
         env = plan.env | {CONTAINER_MARK: mark}
+        container.tail.clear()
+        container.last_error = ""
         path = self._host.logs_dir / self.plan.name / f"{plan.name}.log"
         output = Output(path, lambda line: self._on_line(container, line))
         writing = await output.open()

@@ -186,7 +186,7 @@ class Supervisor:
         """Stop what this `up` has started, so that nothing half-done stays; what is complete, logs and volumes do."""
         keys = [key for key in self._running if key in started and not self._is_complete(key)]
         self._withdrawn = [
-            w.model_copy(update={"pods": [], "ready": 0} | ({} if w.state == "Failed" else {"state": "Stopped"}))
+            w.model_copy(update={"pods": [], "ready": 0, "state": "Failed" if w.state == "Failed" else "Stopped"})
             for w in self.status().workloads
             if f"{w.kind}/{w.name}" in keys
         ]
@@ -229,6 +229,8 @@ class Supervisor:
         await self._cancel(stale)
         for key in stale:
             del self._running[key]
+        if self._stop.is_set():
+            return set()
         self._warnings = [
             f"{o['kind']}/{name_of(o)} is not run on one machine" for o in manifests.objects if o["kind"] in UNSUPPORTED
         ]
@@ -252,9 +254,12 @@ class Supervisor:
         book = copy.deepcopy(self._book)
         book.update(manifests)
         before = {port for ports in self._book.published.values() for port in ports.values()}
+        taken: dict[int, str] = {}
         for key, ports in book.published.items():
             for port in ports.values():
                 why = None if port in before else why_not_free(port)
+                if taken.setdefault(port, key) != key:
+                    why = f"port {port} publishes {taken[port]} already"
                 if why:
                     raise ManifestError(f"{why} ({key} is published there). Stop what holds it, or change the port")
         planner = Planner(manifests=manifests, book=book, state_dir=self.state_dir)

@@ -163,3 +163,17 @@ def test_logs_are_followed_and_bounded(stack, eventually):
 
 def test_a_free_port_is_below_those_of_outgoing_connections():
     assert AddressBook()._free_port() < 32_768
+
+
+def test_two_services_at_one_port_are_refused(stack):
+    port = AddressBook()._free_port()
+    both = [
+        o
+        for name in ("a", "b")
+        for o in (
+            service(name, ports=[{"port": port, "targetPort": 8000}], type="LoadBalancer"),
+            deployment(name, container("sleep", "600", ports={"http": 8000})),
+        )
+    ]
+    with pytest.raises(LocalError, match=f"port {port} publishes Deployment/a already"):
+        stack.up(*both)
