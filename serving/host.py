@@ -56,27 +56,30 @@ class ModelHost:
             await self._follow(self.source)
 
     async def stop(self) -> None:
+        """Ends every engine, at once."""
+        self.current = None
         for task in self._retiring:
             task.cancel()
         await asyncio.gather(*(engine.stop() for engine in self._engines))
 
     async def _follow(self, channel: Channel) -> None:
+        """Reads the channel for ever. What goes wrong is said once, and leaves what is served as it is."""
         refused: Package | None = None  # not tried again: the same bytes would be refused again
         said = ""
         retry_s = self.settings.poll_s
         while True:
             delay_s = self.settings.poll_s
+            package: Package | None = None
             try:
                 package = await asyncio.to_thread(channel.read)
                 if package is None and self.current is None:
                     self.why_not_ready = f"there is no model in the channel yet ({channel.url})"
                     said = _say_once("waiting", self.why_not_ready, said)
-                elif package not in (None, refused, self.current and self.current.package):
-                    assert package is not None
+                elif package is not None and package != refused and package != self._package:
                     await self._swap(package)
                     retry_s, refused, said = self.settings.poll_s, None, ""
             except Refused as error:
-                refused = locals().get("package")
+                refused = package
                 self.why_not_ready = str(error)
                 said = _say_once("error", str(error), said)
             except (EngineError, OSError) as error:
@@ -84,6 +87,10 @@ class ModelHost:
                 said = _say_once("error", self.why_not_ready, said)
                 delay_s = retry_s = min(2 * retry_s, RETRY_MAX_S)
             await asyncio.sleep(delay_s)
+
+    @property
+    def _package(self) -> Package | None:
+        return self.current.package if self.current is not None else None
 
     async def _swap(self, package: Package) -> None:
         """Loads `package` beside what is served now, and then sends new requests to it; those in flight stay."""

@@ -101,6 +101,8 @@ def _manifest(package: Package) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(_read_bytes(where))
         files = {path: {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for path, f in manifest["files"].items()}
+    except FileNotFoundError:
+        raise Refused("there is no manifest", where=where, fix="Publish the package, or serve its directory") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused("the manifest cannot be read", where=where, fix="Publish the package again") from None
     if package.digest is not None and manifest_digest(manifest) != package.digest:
@@ -156,6 +158,8 @@ def _download(package: Package, *, on_bytes: Callable[[int, int], None]) -> Path
             if not target.is_dir():
                 raise
         return target
+    except FileNotFoundError as error:
+        raise Refused("a file of the package is missing", where=str(error), fix="Publish it again") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

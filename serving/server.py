@@ -67,6 +67,7 @@ async def serve(source: Package | Channel, settings: Settings, sock: socket.sock
     finally:
         lifecycle.draining = True
         model.cancel()
+        stopping.cancel()
         server.should_exit = True
         if lifecycle.active:
             server.force_exit = True

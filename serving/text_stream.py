@@ -22,11 +22,13 @@ class Detokenizer:
         self._window: list[int] = []
         self._context = 0  # tokens of the window whose text has been returned, kept for the decoder's sake
         self._returned = 0  # characters of the window's text that have been returned
+        self.unfinished = 0  # characters that the window ends with and that may still change
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip(UNFINISHED) if text.endswith(UNFINISHED) else text
+        self.unfinished = len(text) - len(whole)
         new = whole[self._returned :]
         self._returned = max(self._returned, len(whole))
         if new and len(whole) == len(text):
@@ -49,8 +51,13 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = ""
         self.emitted = 0
-        self.decoded = 0  # characters decoded so far, given out or held
+        self._decoded = 0
         self.stopped = False
+
+    @property
+    def position(self) -> int:
+        """Where the next token's text begins: the characters decoded so far, given out or held."""
+        return self._decoded + self._detokenizer.unfinished
 
     def push(self, token_id: int) -> str:
         """The text that this token made final. After a stop string is met, `stopped` is true and nothing follows."""
@@ -63,7 +70,7 @@ class TextStream:
     def _release(self, text: str, *, last: bool) -> str:
         if self.stopped:
             return ""
-        self.decoded += len(text)
+        self._decoded += len(text)
         if self._stop:
             text = self._held + text
             found = [at for stop in self._stop if (at := text.find(stop)) >= 0]

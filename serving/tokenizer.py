@@ -64,8 +64,8 @@ def _eos_ids(root: Path, vocab: dict[str, int]) -> frozenset[int]:
     """The tokens that end an answer, as the package says: its generation config, else its model or tokenizer config."""
     for name, key in (("generation_config", "eos_token_id"), ("config", "eos_token_id")):
         found = read_json(root / f"{name}.json").get(key)
-        ids = found if isinstance(found, list) else [found]
-        if ids and all(isinstance(i, int) for i in ids):
+        ids = [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+        if ids:
             return frozenset(ids)
     token = read_json(root / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token

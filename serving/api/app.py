@@ -166,7 +166,7 @@ def _add_errors(app: FastAPI, host: ModelHost) -> None:
         return error.response()
 
     @app.exception_handler(ClientGone)
-    async def client_gone(request: Request, error: ClientGone) -> Response:
+    async def client_gone(_request: Request, _error: ClientGone) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)

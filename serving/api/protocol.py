@@ -3,14 +3,23 @@
 import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serving.api.errors import bad_request
 from serving.engine.messages import SamplingParams
 
 # For the client's own records, or for a speed that this server always gives: no answer depends on them.
 HARMLESS = frozenset(
-    ["user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls", "verbosity"]
+    [
+        "user",
+        "metadata",
+        "store",
+        "safety_identifier",
+        "prompt_cache_key",
+        "service_tier",
+        "parallel_tool_calls",
+        "verbosity",
+    ]
 )
 # Understood, and not offered: only the value that asks for nothing is taken.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -57,7 +66,7 @@ class GenerationRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_changes_nothing(cls, raw: Any, info: ValidationInfo) -> Any:
+    def _drop_what_changes_nothing(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
         kept = {}

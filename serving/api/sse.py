@@ -29,7 +29,12 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events, self._on_close = events, on_close
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002
+        receive: Receive,
+        send: Send,
+    ) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await until_disconnect(self._send_all(send), receive)
@@ -50,7 +55,7 @@ class EventStream(Response):
 
 
 def encode(event: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:

@@ -87,7 +87,7 @@ class EngineProcess:
         """Starts the process and returns once it has made a token. Raises `Refused` or `EngineError`."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "serving.engine.worker", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
         theirs.close()
         engine = cls(process, Connection(ours.detach()))
         asyncio.get_running_loop().add_reader(engine._connection.fileno(), engine._receive, on_bytes)

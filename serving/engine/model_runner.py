@@ -56,7 +56,7 @@ class ModelRunner:
         asked = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
         if asked:
             top = max(seqs[row].params.logprobs or 0 for row in asked)
-            offsets = [seqs[row].text.decoded for row in asked]
+            offsets = [seqs[row].text.position for row in asked]
             found = logprobs(logits_BV[asked], [tokens[row] for row in asked], top=top, offsets=offsets)
             for row, entry in zip(asked, found, strict=True):
                 entry = entry._replace(top=entry.top[: seqs[row].params.logprobs or 0])

@@ -20,6 +20,27 @@ class Attend(Protocol):
         ...
 
 
+class Linear(nn.Module):
+    """`nn.Linear` without its random initialisation, whose meta-device version takes seconds to import."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -57,8 +78,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.heads, config.kv_heads, config.head_dim
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden, width, bias=config.qkv_bias)
-        self.out = nn.Linear(config.heads * config.head_dim, config.hidden, bias=config.out_bias)
+        self.qkv = Linear(config.hidden, width, bias=config.qkv_bias)
+        self.out = Linear(config.heads * config.head_dim, config.hidden, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -76,8 +97,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden, 2 * config.ffn, bias=config.mlp_bias)
-        self.down = nn.Linear(config.ffn, config.hidden, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden, 2 * config.ffn, bias=config.mlp_bias)
+        self.down = Linear(config.ffn, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x_NE: Tensor) -> Tensor:
         gate, up = self.gate_up(x_NE).chunk(2, dim=-1)
@@ -101,10 +122,10 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed = Embedding(config.vocab_size, config.hidden)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 

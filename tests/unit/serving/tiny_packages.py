@@ -47,7 +47,12 @@ def config(**changes: object) -> dict:
 def random_weights(c: dict, *, seed: int) -> dict[str, torch.Tensor]:
     """Wide enough that greedy answers have clear winners, so that rounding cannot change them."""
     g = torch.Generator().manual_seed(seed)
-    hidden, heads, kv, ffn = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], c["intermediate_size"]
+    hidden, heads, kv, ffn = (
+        c["hidden_size"],
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+        c["intermediate_size"],
+    )
     d = c.get("head_dim") or hidden // heads
 
     def matrix(rows: int, columns: int) -> torch.Tensor:

@@ -1,0 +1,209 @@
+"""Whatever shares the batch, the cache or the memory with a sequence, its answer is the same, and no block is lost."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_packages import make_package
+
+from serving.engine.engine import Engine
+from serving.engine.messages import Output, SamplingParams, TokenLogprob
+from serving.engine.scheduler import Scheduled
+from serving.engine.sequence import Sequence
+from serving.errors import Refused
+from serving.settings import Settings
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+KV_BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16 * 4  # tokens · (k, v) · layers · heads · size · float32
+
+
+def engine(root: Path, *, blocks: int = 64, max_num_seqs: int = 16, step_tokens: int = 512) -> Engine:
+    made = Engine.load(root, Settings(model=str(root), kv_bytes=blocks * KV_BYTES_PER_BLOCK, max_num_seqs=max_num_seqs))
+    made.scheduler.max_step_tokens = step_tokens
+    return made
+
+
+def prompts(count: int) -> list[list[int]]:
+    g = torch.Generator().manual_seed(7)
+    lengths = torch.randint(1, 120, (count,), generator=g).tolist()
+    return [torch.randint(1, 384, (n,), generator=g).tolist() for n in lengths]
+
+
+def run(e: Engine) -> dict[int, list[Output]]:
+    outputs: dict[int, list[Output]] = {}
+    while e.has_work:
+        for output in e.step():
+            outputs.setdefault(output.seq_id, []).append(output)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path) -> list[str]:
+    """Each prompt's greedy answer when it is the only one there ever was."""
+    return [engine(tiny).generate([prompt], GREEDY)[0] for prompt in prompts(12)]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"step_tokens": 16},
+        {"blocks": 17},
+        {"blocks": 20, "step_tokens": 32},
+        {"max_num_seqs": 3},
+    ],
+    ids=["batched", "chunked", "preempted", "chunked-and-preempted", "few at a time"],
+)
+def test_the_batch_never_changes_a_greedy_answer(tiny: Path, alone: list[str], limits: dict) -> None:
+    e = engine(tiny, **limits)
+    assert e.generate(prompts(12), GREEDY) == alone
+    assert e.scheduler.blocks.used_ratio == 0.0
+
+
+def test_a_cached_prefix_changes_nothing_but_the_work(tiny: Path, alone: list[str]) -> None:
+    e = engine(tiny)
+    longest = max(prompts(12), key=len)
+    expected = alone[prompts(12).index(longest)]
+    assert e.generate([longest], GREEDY) == [expected]
+    e.add(0, longest, GREEDY, arrived_s=0.0)
+    (first,) = e.scheduler.schedule()
+    assert first.seq.num_computed == (len(longest) - 1) // 16 * 16 > 0
+    e.abort(0)
+    assert e.generate([longest] * 5, GREEDY) == [expected] * 5
+
+
+def test_decoded_logits_equal_those_of_the_whole_sequence(tiny: Path) -> None:
+    """Paged, token by token, against one pass with nothing cached: the logits themselves."""
+    e = engine(tiny)
+    ids = prompts(12)[3][:40] + prompts(12)[4][:20]
+
+    def logits(seq: Sequence, num_tokens: int) -> torch.Tensor:
+        seen = []
+        original = e.runner.model.logits
+        e.runner.model.logits = lambda x: seen.append(original(x)) or seen[-1]
+        e.runner.run([Scheduled(seq, num_tokens)])
+        e.runner.model.logits = original
+        seq.num_computed += num_tokens
+        return seen[-1][-1]
+
+    def sequence(length: int) -> Sequence:
+        seq = Sequence(0, ids[:length], GREEDY, decode=e.tokenizer.decode, arrived_s=0.0)
+        assert e.scheduler.blocks.grow(seq, len(ids))
+        return seq
+
+    stepped = sequence(1)
+    for length in range(1, len(ids) + 1):
+        stepped.token_ids = ids[:length]
+        by_step = logits(stepped, 1)
+        if length % 10 == 0:
+            whole = sequence(length)
+            assert torch.allclose(by_step, logits(whole, length), atol=1e-4)
+            e.scheduler.blocks.release(whole)
+
+
+def test_sampling_is_reproducible_whatever_else_runs(tiny: Path) -> None:
+    params = SamplingParams(max_tokens=30, temperature=1.0, top_p=0.9, top_k=50, seed=11, ignore_eos=True)
+    prompt = prompts(12)[2]
+    expected = engine(tiny).generate([prompt], params)[0]
+    crowded = engine(tiny, blocks=18, step_tokens=24)
+    for index, other in enumerate(prompts(12)):
+        crowded.add(index + 1, other, GREEDY._replace(temperature=0.7), arrived_s=0.0)
+    crowded.add(0, prompt, params, arrived_s=0.0)
+    assert "".join(output.text for output in run(crowded)[0]) == expected
+    assert engine(tiny).generate([prompt], params._replace(seed=12))[0] != expected
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 90), st.integers(0, 40)),
+        st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, 6), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@pytest.fixture(scope="module")
+def crowded(tiny: Path) -> Engine:
+    return engine(tiny, blocks=18, max_num_seqs=5, step_tokens=40)
+
+
+@given(operations=OPERATIONS)
+@settings(max_examples=30, deadline=None)
+def test_no_block_is_lost_and_everyone_is_answered(crowded: Engine, operations: list[tuple[str, int, int]]) -> None:
+    """Random arrivals, departures and steps in too little memory: what is not aborted ends, and all blocks come back."""
+    e, outputs = crowded, {}
+    wanted: dict[int, int] = {}
+    blocks = e.scheduler.blocks
+    for kind, number, more in operations:
+        if kind == "add":
+            seq_id = len(wanted)
+            wanted[seq_id] = more
+            # Half of the prompts begin alike, so that blocks are shared while they come and go.
+            ids = [1 + i % 50 for i in range(number)] if more % 2 else [1 + (i * number) % 300 for i in range(number)]
+            e.add(seq_id, ids, GREEDY._replace(max_tokens=more), arrived_s=time.monotonic())
+        elif kind == "abort":
+            e.abort(number)
+            wanted.pop(number, None) if number not in outputs else None
+        for _ in range(number if kind == "step" and e.has_work else 0):
+            for output in e.step() if e.has_work else ():
+                outputs[output.seq_id] = output
+        owned = {block for seq in e.sequences.values() for block in seq.block_table}
+        assert blocks.num_free + len(owned) == blocks.num_blocks
+    while e.has_work:
+        for output in e.step():
+            outputs[output.seq_id] = output
+    assert blocks.num_free == blocks.num_blocks
+    assert not any(blocks._references)
+    assert set(blocks._block_of.values()) == {b for b, key in enumerate(blocks._hash_of) if key is not None}
+    for seq_id, output in outputs.items():
+        if output.finish_reason:
+            assert output.num_tokens == wanted.get(seq_id, output.num_tokens)
+
+
+def test_stop_strings_end_the_answer_and_take_their_logprobs_along(tiny: Path) -> None:
+    e = engine(tiny)
+    prompt = prompts(12)[5]
+    whole = e.generate([prompt], GREEDY)[0]
+    stop = whole[6:9]
+    cut = whole[: whole.index(stop)]
+    e.add(0, prompt, GREEDY._replace(stop=(stop, "never"), logprobs=2), arrived_s=0.0)
+    outputs = run(e)[0]
+    assert "".join(output.text for output in outputs) == cut
+    assert outputs[-1].finish_reason == "stop"
+    entries = [entry for output in outputs for entry in output.logprobs or ()]
+    assert all(entry.offset < len(cut) for entry in entries)
+    assert all(len(entry.top) == 2 and entry.top[0] == (entry.token_id, entry.logprob) for entry in entries)
+
+
+def test_prompt_logprobs_are_those_of_one_whole_pass(tiny: Path) -> None:
+    prompt = prompts(12)[6]
+    params = GREEDY._replace(max_tokens=0, logprobs=1, prompt_logprobs=True)
+
+    def report(step_tokens: int) -> list[TokenLogprob | None]:
+        e = engine(tiny, step_tokens=step_tokens)
+        e.generate([prompt], GREEDY)  # so that there is a cached prefix, which must not be used
+        e.add(0, prompt, params, arrived_s=0.0)
+        (output,) = run(e)[0]
+        assert (output.finish_reason, output.num_tokens, output.text) == ("length", 0, "")
+        assert output.prompt_logprobs is not None
+        return output.prompt_logprobs
+
+    whole, chunked = report(512), report(16)
+    assert whole[0] is None
+    assert [entry.token_id for entry in whole[1:] if entry] == prompt[1:]
+    for one, other in zip(whole[1:], chunked[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_memory_for_less_than_one_sequence_is_refused(tmp_path: Path) -> None:
+    root = make_package(tmp_path / "p")
+    with pytest.raises(Refused, match=r"--kv-bytes \d+"):
+        Engine.load(root, Settings(model=str(root), kv_bytes=1000))
+    with pytest.raises(Refused, match="at most 256"):
+        Engine.load(root, Settings(model=str(root), max_model_len=257))

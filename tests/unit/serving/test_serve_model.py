@@ -1,0 +1,115 @@
+"""The model computes what Transformers computes, for every family that is served."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_packages import make_package
+
+from serving.engine.attention import KVPool, StepAttention
+from serving.engine.messages import SamplingParams
+from serving.engine.scheduler import Scheduled
+from serving.engine.sequence import Sequence
+from serving.errors import Refused
+from serving.model.config import ModelConfig
+from serving.model.llama import Llama, rope_table
+from serving.model.weights import load
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-3.1-rope": (
+        "Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 16}},
+    ),
+    "mistral": ("Mistral", {"head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}  # fmt: skip
+
+
+def read(root: Path) -> Llama:
+    config = ModelConfig.read(root / "config.json")
+    return load(root, config, device=torch.device("cpu"), dtype=torch.float32, on_bytes=lambda *_: None)
+
+
+def forward(model: Llama, ids: list[int]) -> torch.Tensor:
+    """Logits of all positions, computed as one prompt by way of the paged cache."""
+    c = model.config
+    pool = KVPool(
+        layers=c.layers, num_blocks=8, block_size=16, kv_heads=c.kv_heads, head_dim=c.head_dim,
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    seq = Sequence(0, ids, SamplingParams(max_tokens=1), decode=lambda _: "", arrived_s=0.0)
+    seq.block_table = list(range(8))
+    cos, sin = rope_table(c, positions=128)
+    with torch.inference_mode():
+        attend = StepAttention(pool, [Scheduled(seq, len(ids))])
+        return model.logits(model(torch.tensor(ids), cos[: len(ids)], sin[: len(ids)], attend))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    name, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, "pad_token_id": 0, **changes})
+    reference = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():  # norms and biases too, which start as ones and zeros
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    reference.save_pretrained(tmp_path)
+    ids = torch.randint(0, 128, (1, 100)).tolist()[0]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    model = read(tmp_path)
+    difference = (forward(model, ids) - expected).abs().max()
+    assert difference <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, pad_token_id=0)).eval()
+    reference.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model = read(tmp_path)
+    ids = [1, 2, 3]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    assert torch.allclose(forward(model, ids), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"hidden_act": "gelu"}, "silu"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"intermediate_size": 256}, "shape"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 1}, "no place"),
+        ({"hidden_size": "wide"}, "cannot be read"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(change: dict, says: str, tmp_path: Path) -> None:
+    root = make_package(tmp_path / "p")
+    (root / "config.json").write_text(json.dumps({**json.loads((root / "config.json").read_text()), **change}))
+    with pytest.raises(Refused, match=says):
+        read(root)
+
+
+def test_a_truncated_weight_file_is_refused_by_name(tmp_path: Path) -> None:
+    root = make_package(tmp_path / "p")
+    data = (root / "model.safetensors").read_bytes()
+    (root / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(Refused, match=r"model\.safetensors"):
+        read(root)
