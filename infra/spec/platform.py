@@ -21,6 +21,8 @@ class Platform(Spec):
     """Name of the Kubernetes cluster; Karpenter discovers subnets and security groups by it."""
     gpu_resource: str = "nvidia.com/gpu"
     """Extended resource that a pod asks for to get a GPU."""
+    node_image: str = "al2023@latest"
+    """AMI alias of the nodes that Karpenter makes; a dated one (`al2023@vYYYYMMDD`) holds new images back until it is changed."""
 
     @model_validator(mode="after")
     def _cloud_needs_a_place(self) -> Self:

@@ -1,0 +1,137 @@
+"""Alert rules as plain dicts, tied to the objectives and the autoscaling of the stack: a pure function of the spec."""
+
+from typing import Any
+
+from infra.spec import Objectives, Service, Stack
+
+Json = dict[str, Any]
+# Multi-window burn rate: 2 % of a month's error budget in an hour (Google SRE Workbook, ch. 5).
+FAST_BURN = 14.4
+SERVER_ERRORS = 'outcome=~"error|unavailable"'
+
+
+def rule_groups(stack: Stack) -> list[Json]:
+    """`spec.groups` of the PrometheusRule: one group a service, one for the training."""
+    groups = [_service(service, stack) for service in stack.services]
+    return [*groups, _training(stack)] if stack.training else groups
+
+
+def series(metric: str, stack: Stack, service: Service | None = None, *, extra: str = "") -> str:
+    """Selector of `metric` in the stack's namespace: `metric{namespace="…", inference_service="…"}`."""
+    matchers = [f'namespace="{stack.platform.namespace}"']
+    if service:
+        matchers.append(f'inference_service="{service.name}"')
+    return f"{metric}{{{', '.join([*matchers, *filter(None, [extra])])}}}"
+
+
+def p95(metric: str, stack: Stack, service: Service) -> str:
+    """95th percentile of a histogram over five minutes, all replicas together."""
+    return f"histogram_quantile(0.95, sum by (le) (rate({series(metric + '_bucket', stack, service)}[5m])))"
+
+
+def error_share(stack: Stack, service: Service, window: str) -> str:
+    """Share of requests that ended in an error of the server's."""
+    bad = series("slipway_serve_requests_total", stack, service, extra=SERVER_ERRORS)
+    return f"sum(rate({bad}[{window}])) / sum(rate({series('slipway_serve_requests_total', stack, service)}[{window}]))"
+
+
+def _service(service: Service, stack: Stack) -> Json:
+    goals: Objectives = stack.monitoring.objectives
+    burn = FAST_BURN * (1 - goals.availability)
+    ready = series("slipway_serve_ready", stack, service)
+    rules = [
+        _alert(
+            "SlipwayTimeToFirstTokenHigh",
+            f"{p95('slipway_serve_ttft_seconds', stack, service)} > {goals.ttft_p95_s}",
+            wait="10m",
+            severity="warning",
+            summary=f"{service.name}: 95% of first tokens take longer than {goals.ttft_p95_s} s",
+        ),
+        _alert(
+            "SlipwayTimePerTokenHigh",
+            f"{p95('slipway_serve_tpot_seconds', stack, service)} > {goals.tpot_p95_s}",
+            wait="10m",
+            severity="warning",
+            summary=f"{service.name}: tokens come slower than one in {goals.tpot_p95_s} s (95th percentile)",
+        ),
+        _alert(
+            "SlipwayErrorBudgetBurning",
+            f"{error_share(stack, service, '1h')} > {burn:.6g} and {error_share(stack, service, '5m')} > {burn:.6g}",
+            wait="2m",
+            severity="critical",
+            summary=f"{service.name}: errors use up the budget of {goals.availability:.3%} availability in two days",
+        ),
+        _alert(
+            "SlipwayNoReplicaReady",
+            # With nothing to scrape at all, the sum is absent and not 0.
+            f"(sum({ready}) or vector(0)) == 0",
+            wait="15m",
+            severity="critical",
+            summary=f"{service.name}: no replica can answer",
+        ),
+    ]
+    if service.autoscaling:
+        scaling = service.autoscaling
+        load = series("slipway_serve_requests_in_flight", stack, service)
+        most = scaling.target_in_flight * scaling.max_replicas
+        rules.append(
+            _alert(
+                "SlipwayAtMaxReplicas",
+                f"sum({load}) > {most:g}",
+                wait="15m",
+                severity="warning",
+                summary=f"{service.name}: more requests in flight than {scaling.max_replicas} replicas should hold ({most:g})",
+            )
+        )
+    return {"name": f"slipway-{service.name}", "rules": rules}
+
+
+def _training(stack: Stack) -> Json:
+    training = stack.training
+    assert training is not None
+    step, last = series("slipway_train_step", stack), series("slipway_train_last_checkpoint_step", stack)
+    loss = series("slipway_train_loss", stack)
+    overdue = 2 * training.checkpoint.every_steps
+    jobs = series("kube_job_status_failed", stack, extra='job_name=~"(data|train|promote)-.*"')
+    rules = [
+        _alert(
+            "SlipwayTrainingStalled",
+            f"changes({step}[30m]) == 0",
+            wait="5m",
+            severity="critical",
+            summary=f"{training.name}: no training step in half an hour, and the GPUs are paid for",
+        ),
+        _alert(
+            "SlipwayCheckpointOverdue",
+            f"max({step}) - max({last}) > {overdue}",
+            wait="1m",
+            severity="warning",
+            summary=f"{training.name}: more than {overdue} steps would be lost now",
+        ),
+        # NaN is the only number that is not equal to itself.
+        _alert(
+            "SlipwayLossNotFinite",
+            f"{loss} != {loss}",
+            wait="1m",
+            severity="critical",
+            summary=f"{training.name}: the loss is not a number",
+        ),
+        _alert(
+            "SlipwayJobFailed",
+            f"{jobs} > 0",
+            wait="1m",
+            severity="warning",
+            summary=f"{training.name}: a pod of {{{{ $labels.job_name }}}} failed",
+        ),
+    ]
+    return {"name": f"slipway-train-{training.name}", "rules": rules}
+
+
+def _alert(name: str, expression: str, *, wait: str, severity: str, summary: str) -> Json:
+    return {
+        "alert": name,
+        "expr": expression,
+        "for": wait,
+        "labels": {"severity": severity},
+        "annotations": {"summary": summary},
+    }

@@ -1,0 +1,190 @@
+"""How the arguments of each component follow from the stack's values: the wiring of the graph, and nothing else."""
+
+from dataclasses import dataclass
+
+from infra.catalog import Instance, instance
+from infra.clouds import beside_pools, on_pool
+from infra.components.autoscaler import AutoscalerArgs
+from infra.components.common import Scope
+from infra.components.data_job import DataJobArgs
+from infra.components.identity import accounts, object_store_users, opened_urls
+from infra.components.images import BuiltImageArgs, Package
+from infra.components.inference_service import InferenceServiceArgs
+from infra.components.model_registry import ModelRegistryArgs, access
+from infra.components.monitoring import MonitoringArgs
+from infra.components.network import NetworkArgs
+from infra.components.node_pool import GpuNodePoolArgs
+from infra.components.pipeline import Pipeline, helper_resources, pipeline, training_resources
+from infra.components.promotion import PromotionArgs
+from infra.components.router import RouterArgs
+from infra.components.stage import Image
+from infra.components.tenancy import TenancyArgs
+from infra.components.training_job import TrainingJobArgs
+from infra.planner import Plan
+from infra.planner.training import ranks_per_node
+from infra.spec import NodePool, Service, Stack, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What every component's arguments are taken from."""
+
+    stack: Stack
+    scope: Scope
+    plan: Plan
+
+    @property
+    def training(self) -> Training:
+        """The stack's training, which the caller knows to be there."""
+        assert self.stack.training is not None
+        return self.stack.training
+
+    @property
+    def training_machine(self) -> Instance:
+        return instance(self.stack.pool(self.training.pool).instance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What the three Jobs of a training share."""
+
+    image: Image
+    pipeline: Pipeline
+
+
+def tenancy(stack: Stack) -> TenancyArgs:
+    return TenancyArgs(
+        name=stack.platform.namespace,
+        tenancy=stack.tenancy,
+        gpu_resource=stack.platform.gpu_resource,
+        gpus=sum(instance(pool.instance).gpus * pool.max_nodes for pool in stack.node_pools),
+        accounts=accounts(stack),
+        pull_secret=stack.images.pull_secret,
+    )
+
+
+def node_pool(platform: Platform, pool: NodePool) -> GpuNodePoolArgs:
+    stack = platform.stack
+    return GpuNodePoolArgs(
+        scope=platform.scope,
+        platform=stack.platform,
+        pool=pool,
+        machine=instance(pool.instance),
+        placement=on_pool(stack, pool.name),
+        trains=stack.training is not None and stack.training.pool == pool.name,
+    )
+
+
+def model_registry(platform: Platform) -> ModelRegistryArgs:
+    stack = platform.stack
+    return ModelRegistryArgs(
+        scope=platform.scope, registry=stack.registry, storage=stack.storage, trains=stack.training is not None
+    )
+
+
+def image(platform: Platform, package: Package) -> BuiltImageArgs:
+    opened = opened_urls(platform.stack)
+    users = ("data", "train", "promote") if package == "trainer" else ("serve",)
+    return BuiltImageArgs(
+        images=platform.stack.images, package=package, urls=tuple(url for user in users for url in opened[user])
+    )
+
+
+def stages(platform: Platform, trainer: Image) -> Stages:
+    registry_url = access(platform.stack.registry, writes=True).url
+    made = pipeline(platform.training, image_digest=trainer.digest, registry_url=registry_url)
+    return Stages(image=trainer, pipeline=made)
+
+
+def data_job(platform: Platform, shared: Stages) -> DataJobArgs:
+    training = platform.training
+    return DataJobArgs(
+        scope=platform.scope,
+        model=training.name,
+        pipeline=shared.pipeline,
+        image=shared.image,
+        placement=beside_pools(platform.stack, [training.pool]),
+        resources=helper_resources(training, platform.training_machine),
+        max_restarts=training.max_restarts,
+    )
+
+
+def training_job(platform: Platform, shared: Stages) -> TrainingJobArgs:
+    training, machine = platform.training, platform.training_machine
+    ranks = ranks_per_node(training, machine)
+    return TrainingJobArgs(
+        scope=platform.scope,
+        training=training,
+        pipeline=shared.pipeline,
+        image=shared.image,
+        placement=on_pool(platform.stack, training.pool),
+        resources=training_resources(training, machine),
+        ranks_per_node=ranks,
+        gpus=ranks if machine.gpus else 0,
+    )
+
+
+def promotion(platform: Platform, shared: Stages) -> PromotionArgs:
+    training = platform.training
+    return PromotionArgs(
+        scope=platform.scope,
+        training=training,
+        pipeline=shared.pipeline,
+        image=shared.image,
+        registry=access(platform.stack.registry, writes=True),
+        placement=beside_pools(platform.stack, [training.pool]),
+        resources=helper_resources(training, platform.training_machine),
+    )
+
+
+def inference_service(platform: Platform, service: Service, server: Image) -> InferenceServiceArgs:
+    """`model_within_s`: twice the estimate of the training that makes the model, where it is this stack's."""
+    plan = platform.plan
+    hours = plan.training.hours.value if plan.training and platform.stack.trains(service) else 0
+    return InferenceServiceArgs(
+        scope=platform.scope,
+        service=service,
+        image=server,
+        registry=access(platform.stack.registry, writes=False),
+        placement=on_pool(platform.stack, service.pool),
+        load_s=plan.service(service.name).load_s,
+        model_within_s=int(2 * hours * 3600),
+    )
+
+
+def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
+    assert service.autoscaling is not None
+    return AutoscalerArgs(scope=platform.scope, service=service.name, autoscaling=service.autoscaling)
+
+
+def router(platform: Platform) -> RouterArgs:
+    stack = platform.stack
+    return RouterArgs(
+        scope=platform.scope,
+        router=stack.router,
+        services=stack.services,
+        image=stack.images.router,
+        placement=beside_pools(stack, [service.pool for service in stack.services]),
+    )
+
+
+def channel(platform: Platform, service: Service) -> str:
+    """URL of the file that says which digest `service` serves."""
+    return access(platform.stack.registry, writes=False).channel(service.model, service.channel)
+
+
+def network(platform: Platform) -> NetworkArgs:
+    stack = platform.stack
+    return NetworkArgs(
+        scope=platform.scope,
+        trains=stack.training is not None,
+        serves=bool(stack.services),
+        client_namespaces=stack.tenancy.ingress_from_namespaces,
+        public=stack.router.expose == "LoadBalancer",
+        monitoring_namespace=stack.tenancy.monitoring_namespace if stack.monitoring.enabled else None,
+        object_store_users=object_store_users(stack),
+    )
+
+
+def monitoring(platform: Platform) -> MonitoringArgs:
+    return MonitoringArgs(scope=platform.scope, stack=platform.stack)

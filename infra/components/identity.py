@@ -1,0 +1,28 @@
+"""Which pods reach an object store, and as whom: pure functions of the spec."""
+
+from infra.components.model_registry import is_remote
+from infra.spec import Stack
+
+
+def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
+    """Component → URLs that its pods open; volumes and directories are not among them."""
+    corpus = getattr(stack.training.data.source, "path", None) if stack.training else None
+    urls = {
+        "data": (corpus,),
+        "train": (),
+        "promote": (stack.registry.url,) if stack.training else (),
+        "serve": (stack.registry.url,) if stack.services else (),
+        "router": (),
+        "keep": (),
+    }
+    return {component: tuple(url for url in opened if url and is_remote(url)) for component, opened in urls.items()}
+
+
+def object_store_users(stack: Stack) -> tuple[str, ...]:
+    """Components whose pods talk to an object store."""
+    return tuple(component for component, urls in opened_urls(stack).items() if urls)
+
+
+def accounts(stack: Stack) -> dict[str, dict[str, str]]:
+    """ServiceAccount of each component → annotations: an identity at the cloud only where an object store is opened."""
+    return {component: dict(stack.registry.identity) if urls else {} for component, urls in opened_urls(stack).items()}

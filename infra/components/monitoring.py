@@ -1,0 +1,89 @@
+"""Metrics, alerts, dashboards: objects of the Prometheus Operator, and ConfigMaps that Grafana's sidecar picks up."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pulumi
+from pulumi_kubernetes.apiextensions import CustomResource
+from pulumi_kubernetes.core import v1 as core
+from pulumi_kubernetes.meta.v1 import ObjectMetaArgs
+
+from infra.components.alerts import rule_groups
+from infra.components.common import Scope, component_selector
+from infra.components.dashboards import serving_dashboard, training_dashboard
+from infra.components.inference_service import SCRAPED
+from infra.spec import Stack
+
+API = "monitoring.coreos.com/v1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoringArgs:
+    scope: Scope
+    stack: Stack
+
+
+class Monitoring(pulumi.ComponentResource):
+    def __init__(self, name: str, args: MonitoringArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("slipway:index:Monitoring", name, None, opts)
+        stack = args.stack
+        if stack.services:
+            self._custom(name, "ServiceMonitor", "services", args, _service_monitor(stack))
+            self._custom(name, "PodMonitor", "router", args, _pod_monitor("router", stack))
+            self._dashboard(name, "serving", serving_dashboard(stack), args)
+        if stack.training:
+            self._custom(name, "PodMonitor", "training", args, _pod_monitor("train", stack))
+            self._dashboard(name, "training", training_dashboard(stack), args)
+        if groups := rule_groups(stack):
+            self._custom(name, "PrometheusRule", "objectives", args, {"groups": groups})
+        self.register_outputs({})
+
+    def _custom(self, name: str, kind: str, object_name: str, args: MonitoringArgs, spec: dict[str, Any]) -> None:
+        labels = args.scope.labels("monitoring", object_name) | args.stack.monitoring.labels
+        CustomResource(
+            f"{name}-{object_name}-{kind.lower()}",
+            api_version=API,
+            kind=kind,
+            metadata=ObjectMetaArgs(name=object_name, namespace=args.scope.namespace, labels=labels),
+            spec=spec,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+
+    def _dashboard(self, name: str, subject: str, text: str, args: MonitoringArgs) -> None:
+        """In the namespace that Grafana's sidecar watches, where the stack names one; so the name carries the stack's."""
+        elsewhere = args.stack.monitoring.namespace
+        scope = replace(args.scope, namespace=elsewhere) if elsewhere else args.scope
+        object_name = f"slipway-{subject}-{args.stack.platform.namespace}"
+        core.ConfigMap(
+            f"{name}-{subject}-dashboard",
+            metadata=ObjectMetaArgs(
+                name=object_name,
+                namespace=scope.namespace,
+                labels=scope.labels("monitoring", object_name) | {"grafana_dashboard": "1"},
+            ),
+            data={f"{object_name}.json": text},
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+
+
+def _service_monitor(stack: Stack) -> dict[str, Any]:
+    """Each replica once, by the headless Services; the service's name becomes the label `inference_service`."""
+    naming = {
+        "sourceLabels": ["__meta_kubernetes_service_label_app_kubernetes_io_instance"],
+        "targetLabel": "inference_service",
+    }
+    return {
+        "selector": {"matchLabels": component_selector("serve") | SCRAPED},
+        "endpoints": [{"port": "http", "path": "/metrics", "interval": _interval(stack), "relabelings": [naming]}],
+    }
+
+
+def _pod_monitor(component: str, stack: Stack) -> dict[str, Any]:
+    return {
+        "selector": {"matchLabels": component_selector(component)},
+        "podMetricsEndpoints": [{"port": "metrics", "path": "/metrics", "interval": _interval(stack)}],
+    }
+
+
+def _interval(stack: Stack) -> str:
+    return f"{stack.monitoring.scrape_interval_s}s"

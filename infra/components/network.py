@@ -1,0 +1,141 @@
+"""Who may talk to whom: nothing, then exactly the flows that the stack needs. Each policy is named after its one purpose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pulumi
+from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
+from pulumi_kubernetes.networking import v1 as net
+
+from infra.components.common import Scope, component_selector
+
+NAMESPACE_NAME = "kubernetes.io/metadata.name"
+METADATA_SERVICE = "169.254.169.254/32"
+NODE_LOCAL_DNS = "169.254.20.10/32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs:
+    scope: Scope
+    trains: bool
+    serves: bool
+    client_namespaces: Sequence[str]
+    """Namespaces whose pods may call the router, besides the stack's own."""
+    public: bool
+    """The router's Service is of type LoadBalancer: anyone may call it."""
+    monitoring_namespace: str | None
+    """Namespace that scrapes; None: nobody does."""
+    object_store_users: Sequence[str]
+    """Components whose pods reach an object store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flow:
+    name: str
+    pods: dict[str, str]
+    """Labels of the pods that the policy is about; empty for all."""
+    ingress: Sequence[net.NetworkPolicyIngressRuleArgs] | None = None
+    egress: Sequence[net.NetworkPolicyEgressRuleArgs] | None = None
+
+
+class Network(pulumi.ComponentResource):
+    def __init__(self, name: str, args: NetworkArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("slipway:index:Network", name, None, opts)
+        for flow in _flows(args):
+            types = [kind for kind, rules in (("Ingress", flow.ingress), ("Egress", flow.egress)) if rules is not None]
+            net.NetworkPolicy(
+                f"{name}-{flow.name}",
+                metadata=args.scope.meta(flow.name, component="network"),
+                spec=net.NetworkPolicySpecArgs(
+                    pod_selector=LabelSelectorArgs(match_labels=flow.pods or None),
+                    policy_types=types,
+                    ingress=list(flow.ingress) if flow.ingress else None,
+                    egress=list(flow.egress) if flow.egress else None,
+                ),
+                opts=pulumi.ResourceOptions(parent=self),
+            )
+        self.register_outputs({})
+
+
+def _flows(args: NetworkArgs) -> list[_Flow]:
+    flows = [_Flow(name="default-deny", pods={}, ingress=[], egress=[]), _dns()]
+    if args.trains:
+        flows.append(_gang())
+    if args.serves:
+        flows += [*_router_to_services(), _clients(args)]
+    if args.monitoring_namespace:
+        flows += _scrapes(args, args.monitoring_namespace)
+    return flows + [_object_store(component) for component in args.object_store_users]
+
+
+def _dns() -> _Flow:
+    """Names are resolved by the cluster's DNS (or the node's cache of it) and by nobody else."""
+    cluster = net.NetworkPolicyPeerArgs(
+        namespace_selector=LabelSelectorArgs(match_labels={NAMESPACE_NAME: "kube-system"}),
+        pod_selector=LabelSelectorArgs(match_labels={"k8s-app": "kube-dns"}),
+    )
+    cache = net.NetworkPolicyPeerArgs(ip_block=net.IPBlockArgs(cidr=NODE_LOCAL_DNS))
+    ports = [net.NetworkPolicyPortArgs(protocol=protocol, port=53) for protocol in ("UDP", "TCP")]
+    return _Flow(
+        name="resolve-names", pods={}, egress=[net.NetworkPolicyEgressRuleArgs(to=[cluster, cache], ports=ports)]
+    )
+
+
+def _gang() -> _Flow:
+    """Ranks talk on the rendezvous port and on ephemeral ports of gloo and NCCL: all ports, among training pods only."""
+    peers = [_pods("train")]
+    return _Flow(
+        name="ranks-among-themselves",
+        pods=component_selector("train"),
+        ingress=[net.NetworkPolicyIngressRuleArgs(from_=peers)],
+        egress=[net.NetworkPolicyEgressRuleArgs(to=peers)],
+    )
+
+
+def _router_to_services() -> list[_Flow]:
+    """Both ends of one flow: the router may call, the servers may be called."""
+    call = net.NetworkPolicyEgressRuleArgs(to=[_pods("serve")], ports=_tcp("http"))
+    answer = net.NetworkPolicyIngressRuleArgs(from_=[_pods("router")], ports=_tcp("http"))
+    return [
+        _Flow(name="router-calls-services", pods=component_selector("router"), egress=[call]),
+        _Flow(name="services-answer-router", pods=component_selector("serve"), ingress=[answer]),
+    ]
+
+
+def _clients(args: NetworkArgs) -> _Flow:
+    inside = [net.NetworkPolicyPeerArgs(pod_selector=LabelSelectorArgs()), *map(_namespace, args.client_namespaces)]
+    rule = net.NetworkPolicyIngressRuleArgs(from_=None if args.public else inside, ports=_tcp("http"))
+    return _Flow(name="clients-call-router", pods=component_selector("router"), ingress=[rule])
+
+
+def _scrapes(args: NetworkArgs, namespace: str) -> list[_Flow]:
+    ports = ({"train": "metrics"} if args.trains else {}) | (
+        {"serve": "http", "router": "metrics"} if args.serves else {}
+    )
+    return [
+        _Flow(
+            name=f"monitoring-scrapes-{component}",
+            pods=component_selector(component),
+            ingress=[net.NetworkPolicyIngressRuleArgs(from_=[_namespace(namespace)], ports=_tcp(port))],
+        )
+        for component, port in ports.items()
+    ]
+
+
+def _object_store(component: str) -> _Flow:
+    """HTTPS to anywhere but the node's metadata service, whose credentials are the node's."""
+    internet = net.NetworkPolicyPeerArgs(ip_block=net.IPBlockArgs(cidr="0.0.0.0/0", except_=[METADATA_SERVICE]))
+    rule = net.NetworkPolicyEgressRuleArgs(to=[internet], ports=_tcp(443))
+    return _Flow(name=f"{component}-reaches-object-store", pods=component_selector(component), egress=[rule])
+
+
+def _pods(component: str) -> net.NetworkPolicyPeerArgs:
+    return net.NetworkPolicyPeerArgs(pod_selector=LabelSelectorArgs(match_labels=component_selector(component)))
+
+
+def _namespace(name: str) -> net.NetworkPolicyPeerArgs:
+    return net.NetworkPolicyPeerArgs(namespace_selector=LabelSelectorArgs(match_labels={NAMESPACE_NAME: name}))
+
+
+def _tcp(port: int | str) -> list[net.NetworkPolicyPortArgs]:
+    return [net.NetworkPolicyPortArgs(protocol="TCP", port=port)]

@@ -1,0 +1,79 @@
+"""From GPUs to a served model: data → train → evaluate → gate → registry → serve → scale → watch, declared once.
+
+`pulumi preview`, `pulumi up` and `slipway render` run this program; stacks differ by their `Pulumi.<stack>.yaml` only.
+"""
+
+from pathlib import Path
+
+import pulumi
+
+from infra.checks import enforce
+from infra.components import (
+    Autoscaler,
+    DataJob,
+    GpuNodePool,
+    InferenceService,
+    ModelRegistry,
+    Monitoring,
+    Network,
+    Promotion,
+    Router,
+    Tenancy,
+    TrainingJob,
+    args,
+)
+from infra.components.config import stack_from_config
+from infra.components.images import BuiltImage
+from infra.planner import plan, to_json
+from infra.spec import Stack
+
+
+def declare(stack: Stack) -> None:
+    """The graph. Raises ValueError for a stack that cannot work, before anything is declared."""
+    planned = plan(stack)
+    findings = enforce(stack, planned)
+
+    tenancy = Tenancy("tenancy", args.tenancy(stack))
+    platform = args.Platform(stack=stack, scope=tenancy.scope, plan=planned)
+    for pool in stack.node_pools:
+        GpuNodePool(f"pool-{pool.name}", args.node_pool(platform, pool))
+    ModelRegistry("registry", args.model_registry(platform))
+    if stack.training:
+        declare_training(platform)
+    if stack.services:
+        declare_serving(platform)
+    if stack.tenancy.network_policies:
+        Network("network", args.network(platform))
+    if stack.monitoring.enabled:
+        Monitoring("monitoring", args.monitoring(platform))
+    pulumi.export("plan", to_json(planned))
+    pulumi.export("findings", [str(finding) for finding in findings])
+
+
+def declare_training(platform: args.Platform) -> None:
+    """Data → train → evaluate → gate → registry: three Jobs, each named by the digest of what it makes."""
+    trainer = BuiltImage("trainer", args.image(platform, "trainer")).image
+    stages = args.stages(platform, trainer)
+    data = DataJob("data", args.data_job(platform, stages))
+    training = TrainingJob("train", args.training_job(platform, stages))
+    promotion = Promotion("promote", args.promotion(platform, stages))
+    pulumi.export("jobs", [data.job_name, training.job_name, promotion.job_name])
+
+
+def declare_serving(platform: args.Platform) -> None:
+    """Registry → servers → router. The servers wait for their channel, so that the first `up` of a stack ends at once."""
+    server = BuiltImage("serving", args.image(platform, "serving")).image
+    for service in platform.stack.services:
+        InferenceService(service.name, args.inference_service(platform, service, server))
+        if service.autoscaling:
+            Autoscaler(service.name, args.autoscaler(platform, service))
+    router = Router("router", args.router(platform))
+    pulumi.export("endpoint", router.endpoint)
+    pulumi.export("channels", {service.name: args.channel(platform, service) for service in platform.stack.services})
+
+
+try:
+    declare(stack_from_config(Path(__file__).parent))
+except ValueError as error:
+    # The program's user reads what is wrong with the stack file, and no traceback.
+    raise pulumi.RunError(str(error)) from error
