@@ -58,13 +58,12 @@ def show_curve(outcome: Outcome, *, console: Console) -> None:
     if len(outcome.curve) < 2:
         return
     steps = sorted(outcome.curve)
-    plot = cast(Any, plotext)
-    plot.clear_figure()
-    plot.theme("clear")
-    plot.plot_size(min(console.width, 76), 14)
-    plot.plot(steps, [outcome.curve[step] for step in steps], marker="braille")
-    plot.title("training loss (nats per token) by step")
-    console.print(Text(str(plot.build()).rstrip()))
+    figure = cast(Any, plotext).figure
+    figure.clear()
+    figure.plot_size(min(console.width, 76), 14)
+    figure.title("training loss (nats per token) by step")
+    figure.draw(figure.signal(steps, [outcome.curve[step] for step in steps], marker="braille"))
+    console.print(Text(figure.build().string(colorless=True).rstrip(), style="cyan"))
     if "plot" in outcome.artifacts:
         console.print(Text(f"picture: {outcome.artifacts['plot']}", style="dim"))
 
