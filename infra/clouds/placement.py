@@ -1,4 +1,4 @@
-"""How pods find the nodes of a pool: node selector and tolerations, as plain values."""
+"""How pods find the nodes of a pool: node selector and tolerated taints, as plain values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ NAMESPACE_LABEL = "slipway.dev/namespace"
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     node_selector: dict[str, str] = field(default_factory=dict[str, str])
-    tolerations: tuple[dict[str, str], ...] = ()
-    """Arguments of `TolerationArgs`."""
+    tolerated_pools: tuple[str, ...] = ()
+    """Pools whose taint `slipway.dev/pool=NAME:NoSchedule` the pod tolerates."""
     avoid_label: str | None = None
     """Nodes without this label are preferred."""
 
@@ -24,7 +24,7 @@ def on_pool(stack: Stack, pool: str) -> Placement:
     if stack.platform.cloud == "local":
         return Placement()
     labels = {POOL_LABEL: pool, NAMESPACE_LABEL: stack.platform.namespace}
-    return Placement(node_selector=labels, tolerations=_tolerations([stack.pool(pool)]))
+    return Placement(node_selector=labels, tolerated_pools=_tainted([stack.pool(pool)]))
 
 
 def beside_pools(stack: Stack, pools: Iterable[str]) -> Placement:
@@ -35,12 +35,8 @@ def beside_pools(stack: Stack, pools: Iterable[str]) -> Placement:
     if stack.platform.cloud == "local":
         return Placement()
     wanted = [stack.pool(name) for name in dict.fromkeys(pools)]
-    return Placement(tolerations=_tolerations(wanted), avoid_label=POOL_LABEL)
+    return Placement(tolerated_pools=_tainted(wanted), avoid_label=POOL_LABEL)
 
 
-def _tolerations(pools: Iterable[NodePool]) -> tuple[dict[str, str], ...]:
-    return tuple(
-        {"key": POOL_LABEL, "operator": "Equal", "value": pool.name, "effect": "NoSchedule"}
-        for pool in pools
-        if pool.taint
-    )
+def _tainted(pools: Iterable[NodePool]) -> tuple[str, ...]:
+    return tuple(pool.name for pool in pools if pool.taint)

@@ -75,12 +75,13 @@ def content_digest(package: Package, *, base: str, drivers: tuple[str, ...] = ()
     """Hex digest of everything that the image of `package` is made from: sources, Dockerfile, dependencies, pins, base."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = sorted([*project["project"]["optional-dependencies"][package], *drivers])
-    sha = hashlib.sha256()
-    for part in (base, *wanted, (root / "constraints.txt").read_text(encoding="utf-8")):
-        _add(sha, part.encode())
+    parts = [part.encode() for part in (base, *wanted)] + [(root / "constraints.txt").read_bytes()]
     for path in sources(root / package):
-        _add(sha, path.relative_to(root).as_posix().encode())
-        _add(sha, path.read_bytes())
+        parts += [path.relative_to(root).as_posix().encode(), path.read_bytes()]
+    sha = hashlib.sha256()
+    for part in parts:
+        # Length first, so that two parts never read as one.
+        sha.update(len(part).to_bytes(8, "big") + part)
     return sha.hexdigest()[:TAG_CHARS]
 
 
@@ -100,9 +101,3 @@ def reference_of(images: Images, package: Package, *, content: str) -> str:
     prebuilt = images.trainer if package == "trainer" else images.serving
     has_tag = ":" in prebuilt.rsplit("/", 1)[-1]
     return prebuilt if has_tag else f"{prebuilt}:{content}"
-
-
-def _add(sha: "hashlib._Hash", part: bytes) -> None:
-    """Length first, so that two parts never read as one."""
-    sha.update(len(part).to_bytes(8, "big"))
-    sha.update(part)

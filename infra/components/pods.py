@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import pulumi
 from pulumi_kubernetes.core import v1 as core
-from pulumi_kubernetes.meta.v1 import ObjectMetaArgs
+from pulumi_kubernetes.meta.v1 import LabelSelectorArgs, ObjectMetaArgs
 
-from infra.clouds import Placement
+from infra.clouds import POOL_LABEL, Placement
 from infra.components.common import Scope, container_security, env, pod_security
 
-SCRATCH = core.VolumeMountArgs(name="tmp", mount_path="/tmp")  # noqa: S108 — an emptyDir of the pod's own
+TMP = "/tmp"  # noqa: S108 — an emptyDir of the pod's own
+SCRATCH = core.VolumeMountArgs(name="tmp", mount_path=TMP)
 # Programs that want to write under $HOME (matplotlib, torch's caches) find the only place that can be written.
-HOME = env(HOME="/tmp")
+HOME = env(HOME=TMP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def pod_template(scope: Scope, args: PodArgs) -> core.PodTemplateSpecArgs:
             security_context=pod_security(),
             image_pull_secrets=[core.LocalObjectReferenceArgs(name=scope.pull_secret)] if scope.pull_secret else None,
             node_selector=args.placement.node_selector or None,
-            tolerations=[core.TolerationArgs(**toleration) for toleration in args.placement.tolerations] or None,
+            tolerations=_tolerations(args.placement),
             affinity=args.affinity or _prefer_other_nodes(args.placement),
             topology_spread_constraints=_spread(labels) if args.spread else None,
             init_containers=list(args.init_containers) or None,
@@ -113,6 +114,13 @@ def pod_template(scope: Scope, args: PodArgs) -> core.PodTemplateSpecArgs:
             subdomain=args.subdomain,
         ),
     )
+
+
+def _tolerations(placement: Placement) -> list[core.TolerationArgs] | None:
+    return [
+        core.TolerationArgs(key=POOL_LABEL, operator="Equal", value=pool, effect="NoSchedule")
+        for pool in placement.tolerated_pools
+    ] or None
 
 
 def _prefer_other_nodes(placement: Placement) -> core.AffinityArgs | None:
@@ -133,7 +141,10 @@ def _spread(labels: dict[str, str]) -> list[core.TopologySpreadConstraintArgs]:
     match = {key: labels[key] for key in ("app.kubernetes.io/component", "app.kubernetes.io/instance")}
     return [
         core.TopologySpreadConstraintArgs(
-            max_skew=1, topology_key=key, when_unsatisfiable="ScheduleAnyway", label_selector={"match_labels": match}
+            max_skew=1,
+            topology_key=key,
+            when_unsatisfiable="ScheduleAnyway",
+            label_selector=LabelSelectorArgs(match_labels=match),
         )
         for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
     ]

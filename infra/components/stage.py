@@ -80,22 +80,16 @@ def declare_job(
     `indexes`: pods of an Indexed Job, which form a gang: one index that has used up its tries fails the Job. None: one pod.
     """
     volumes = [read_only_config(object_name), *(claim.volume for claim in claims), *pod.volumes]
-    tries = (
-        {"backoff_limit": max_restarts}
-        if indexes is None
-        else {
-            "completions": indexes,
-            "parallelism": indexes,
-            "completion_mode": "Indexed",
-            "backoff_limit_per_index": max_restarts,
-            "max_failed_indexes": 0,
-        }
-    )
     return batch.Job(
         name,
         metadata=scope.meta(object_name, component=pod.component, annotations=SKIP_AWAIT | REPLACE),
         spec=batch.JobSpecArgs(
-            **tries,
+            completions=indexes,
+            parallelism=indexes,
+            completion_mode=None if indexes is None else "Indexed",
+            backoff_limit=max_restarts if indexes is None else None,
+            backoff_limit_per_index=None if indexes is None else max_restarts,
+            max_failed_indexes=None if indexes is None else 0,
             pod_failure_policy=_failure_policy(),
             template=pod_template(scope, _with_volumes(pod, volumes)),
         ),

@@ -5,8 +5,9 @@ import json
 import runpy
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pulumi
 from pulumi.runtime import mocks, rpc, settings
@@ -69,8 +70,9 @@ async def _run(recorder: "_Recorder", *, stack: str, config: dict[str, str]) -> 
 
 def _forget() -> None:
     """Leave nothing of a run to the next one in this process."""
-    settings.SETTINGS.rpc_manager.clear()
-    settings.SETTINGS.outputs.clear()
+    state = cast(Any, settings.SETTINGS)  # its attributes are context variables, which Pulumi leaves untyped
+    state.rpc_manager.clear()
+    state.outputs.clear()
     settings.set_root_resource(None)  # pyright: ignore[reportArgumentType]
     # `runpy` puts the program's directory on the path.
     while str(PROGRAM) in sys.path:
@@ -89,7 +91,7 @@ class _Recorder(mocks.Mocks):
         raise RenderError(f"the program asks the cloud for {args.token}, which a render cannot")
 
     def new_resource(self, args: mocks.MockResourceArgs) -> tuple[str | None, Json]:
-        inputs: Json = args.inputs
+        inputs = cast(Json, args.inputs)  # pyright: ignore[reportUnknownMemberType]
         if args.typ.startswith(KUBERNETES):
             _refuse_secrets(inputs, where=f"{args.typ} {args.name}")
             self.manifests.append(inputs)
@@ -107,12 +109,12 @@ class _Monitor(mocks.MockMonitor):
         super().__init__(recorder)
         self.recorder = recorder
 
-    def RegisterResourceOutputs(self, request: Any) -> Any:  # noqa: N802 — the name of the RPC
+    def RegisterResourceOutputs(self, request: Any) -> Any:
         if request.urn.split("::")[2] == "pulumi:pulumi:Stack":
             outputs: Json = rpc.deserialize_properties(request.outputs)
             _refuse_secrets(outputs, where="the outputs")
             self.recorder.outputs.update(outputs)
-        return super().RegisterResourceOutputs(request)
+        return cast(Any, super()).RegisterResourceOutputs(request)
 
 
 def _refuse_secrets(value: Any, *, where: str) -> None:
@@ -134,7 +136,7 @@ def _order(manifest: Json) -> tuple[str, str, str]:
 
 
 def _refuse_twins(manifests: list[Json]) -> None:
-    for one, other in zip(manifests, manifests[1:], strict=False):
+    for one, other in pairwise(manifests):
         if _order(one) == _order(other):
             kind, _, name = _order(one)
             raise RenderError(
