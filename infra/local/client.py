@@ -110,7 +110,9 @@ def down(state_dir: Path, *, purge: bool = False) -> Down:
     for a directory that no `up` has made, (1) when an `up` goes on in spite of it.
     """
     state_dir = state_dir.resolve()
-    if purge and state_dir.exists() and not (state_dir / "up.lock").exists():
+    # Manifests are rendered there before the first `up`: a directory with nothing else is a stack's as well.
+    foreign = state_dir.exists() and {p.name for p in state_dir.iterdir()} - {"manifests"}
+    if purge and foreign and not (state_dir / "up.lock").exists():
         raise LocalError(f"no state of a stack ({state_dir}). Name the directory that `up` was given", exit_code=2)
     found = _stop(state_dir)
     if state_dir.exists():

@@ -67,6 +67,8 @@ def rewrite(
 
     `own_ports` maps the container ports of Envoy's own pod; `rewrite_text` is applied to every string.
     """
+    # Text first: the paths that are put in below are of this machine, and may lie under a mountPath of Envoy's.
+    config = _walk(config, own_ports, rewrite_text)
     files: list[EndpointFile] = []
     clusters: list[Json] = []
     for cluster in entries(config["static_resources"], "clusters"):
@@ -84,7 +86,7 @@ def rewrite(
     rewritten = config | {"static_resources": config["static_resources"] | {"clusters": clusters}}
     # Envoy refuses dynamic resources, such as endpoint files, without a name for itself.
     rewritten["node"] = {"id": "local", "cluster": "local"} | section(config, "node")
-    return _walk(rewritten, own_ports, rewrite_text), files
+    return rewritten, files
 
 
 def arguments(argv: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ class JobController:
         self._pods: dict[int, Pod] = {}
         self._failures = 0
         self._restarts = 0
-        self._failed_indexes: dict[int, str] = {}
+        self._failed_indexes: dict[int, JobFailedError] = {}
         self._succeeded = workload.count if complete else 0
         self._why_waiting = "waiting to start"
         self.complete = complete
@@ -49,8 +49,10 @@ class JobController:
         elif self.workload.spec.get("suspend"):
             state, reason = "Waiting", "suspended"
         else:
-            state = "Running" if any(p.state in ("Running", "Ready") for p in pods) else "Waiting"
-            reason = next((p.reason for p in pods if p.reason and p.state != "Complete"), self._why_waiting)
+            running = any(p.state in ("Running", "Ready") for p in pods)
+            state = "Running" if running else "Waiting"
+            why = "" if running else self._why_waiting
+            reason = next((p.reason for p in pods if p.reason and p.state != "Complete"), why)
         return WorkloadStatus(
             kind="Job",
             name=self.workload.name,
@@ -84,7 +86,7 @@ class JobController:
             for index in range(self.workload.count):
                 group.create_task(self._run_index(index, at_once))
         if self._failed_indexes:
-            raise JobFailedError(next(iter(self._failed_indexes.values())), 1)
+            raise next(iter(self._failed_indexes.values()))
 
     async def _run_index(self, index: int, at_once: asyncio.Semaphore) -> None:
         """Pods of one index, one after another, until one succeeds or the index is given up."""
@@ -142,10 +144,10 @@ class JobController:
 
     def _give_up(self, index: int, why: str, code: int) -> None:
         """One index has failed for good; the others go on while there may be failed ones."""
-        self._failed_indexes[index] = why
+        self._failed_indexes[index] = JobFailedError(why, code)
         allowed = self.workload.spec.get("maxFailedIndexes")
         if allowed is not None and len(self._failed_indexes) > allowed:
-            raise JobFailedError(why, code)
+            raise self._failed_indexes[index]
 
     def _count_failure(self, action: str, ended: PodExit, code: int) -> None:
         self._failures += action != "Ignore"

@@ -130,7 +130,8 @@ class _Pod:
         argv = [rewrite.program(argv[0]), *argv[1:]]
         if Path(container["command"][0]).name == "envoy":
             argv = envoy.arguments(argv)
-        hook = section(container, "lifecycle", "preStop")
+        # What is published has one port: no other pod takes over while it would wait, so it does not.
+        hook = {} if self.workload.key in self.book.published else section(container, "lifecycle", "preStop")
         return ContainerPlan(
             name=container["name"],
             argv=argv,

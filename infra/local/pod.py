@@ -224,7 +224,8 @@ class Pod:
             await output.close()
             return 128
         kind = "init container " if container in self._init else ""
-        container.reason = f"{kind}{plan.name} is running: {' '.join(plan.argv[:6])}"
+        command = " ".join([Path(plan.argv[0]).name, *plan.argv[1:6]])
+        container.reason = f"{kind}{plan.name} is running: {command}"
         ended = asyncio.create_task(self._host.reaper.wait(process))
         prober = Prober(plan, env=env, reaper=self._host.reaper)
         probing = asyncio.create_task(prober.run(lambda ready, why: self._on_ready(container, ready, why)))

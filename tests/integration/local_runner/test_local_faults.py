@@ -110,10 +110,13 @@ def test_purge_takes_the_volumes_and_only_a_stack_s_own_directory(stack, tmp_pat
     down(stack.state, purge=True)
     assert not stack.state.exists()
     assert not down(stack.state, purge=True).was_running
-    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis").mkdir(parents=True)
     with pytest.raises(LocalError, match="no state of a stack"):
         down(tmp_path / "home", purge=True)
-    assert (tmp_path / "home").exists()
+    assert (tmp_path / "home" / "thesis").exists()
+    (tmp_path / "rendered" / "manifests").mkdir(parents=True)
+    down(tmp_path / "rendered", purge=True)
+    assert not (tmp_path / "rendered").exists()
 
 
 def test_a_state_directory_that_was_removed_under_it(stack):

@@ -79,10 +79,10 @@ def manifests(text: str) -> Manifests:
     return Manifests(tuple(yaml.safe_load_all(text)))
 
 
-def plan(text: str, slot: int = 0, workload: int = 0) -> PodPlan:
+def plan(text: str, state_dir: str = "/state") -> PodPlan:
     found, book = manifests(text), AddressBook()
     book.update(found)
-    return Planner(manifests=found, book=book, state_dir=Path("/state")).pod(found.workloads[workload], slot)
+    return Planner(manifests=found, book=book, state_dir=Path(state_dir)).pod(found.workloads[0], 0)
 
 
 def test_a_training_pod(monkeypatch: pytest.MonkeyPatch):
@@ -243,14 +243,15 @@ data:
 """
 
 
-def test_an_envoy_configuration():
+@pytest.mark.parametrize("state_dir", ["/state", "/var/log/state"])  # the latter is below a mountPath of the pod's
+def test_an_envoy_configuration(state_dir: str):
     mounts = "volumeMounts: [{name: c, mountPath: /etc/envoy}, {name: log, mountPath: /var/log}]"
     text = pod(
         f"ports: [{{name: admin, containerPort: 8000}}, {{name: in, containerPort: 9000}}], {mounts}",
         "volumes: [{name: c, configMap: {name: envoy}}, {name: log, emptyDir: {}}]",
         SERVICES.replace("8080", "18080") + ENVOY,
     )
-    planned = plan(text)
+    planned = plan(text, state_dir)
     config = yaml.safe_load(planned.files[planned.directory / "volumes/c/envoy.yaml"])
     assert config["admin"]["access_log_path"] == f"{planned.directory}/volumes/log/admin"
     assert config["admin"]["address"]["socket_address"] == {
@@ -260,6 +261,8 @@ def test_an_envoy_configuration():
     assert config["static_resources"]["listeners"][0]["address"]["socket_address"]["port_value"] == planned.ports["in"]
     pool, static = config["static_resources"]["clusters"]
     assert pool.keys() == {"name", "type", "lb_policy", "eds_cluster_config"}
+    source = pool["eds_cluster_config"]["eds_config"]["path_config_source"]
+    assert source["path"] == f"{state_dir}/pods/web-0/endpoints/envoy/pool.json"
     assert static["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"] == {
         "address": "10.1.2.3",
         "port_value": 443,
