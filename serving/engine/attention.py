@@ -17,6 +17,8 @@ from torch import Tensor
 
 from serving.engine.scheduler import Scheduled
 
+GROUP_COST_BLOCKS = 32  # a group's fixed cost, as the padding that takes as long (measured on CPU: 16 to 64 are alike)
+
 
 class KVPool:
     """The cache's memory: a tensor a layer. Zeroed, since a masked NaN in uninitialised memory is still a NaN."""
@@ -61,6 +63,15 @@ class KVPool:
         return k, v
 
 
+class Decodes(NamedTuple):
+    """Sequences [start, stop) of the flat batch, one token each, padded to the longest of them."""
+
+    start: int
+    stop: int
+    rows: Tensor
+    mask_B11S: Tensor
+
+
 class Chunk(NamedTuple):
     """A prompt's tokens in this step: [start, stop) of the flat batch, and the cached past they look back on."""
 
@@ -71,31 +82,32 @@ class Chunk(NamedTuple):
 
 
 class StepAttention:
-    """The `Attend` of one step (see model/llama.py). Decoding sequences come first in the flat batch, then chunks."""
+    """The `Attend` of one step (see model/llama.py).
+
+    In the flat batch decoding sequences come first, longest first, so that neighbours need little padding; then chunks.
+    """
 
     def __init__(self, pool: KVPool, batch: Seq[Scheduled]) -> None:
         self.pool = pool
-        self.num_decodes = next((i for i, item in enumerate(batch) if item.num_tokens > 1), len(batch))
+        num_decodes = next((i for i, item in enumerate(batch) if item.num_tokens > 1), len(batch))
         self.positions = _positions(batch)
         self.slots = self._slots(batch)
-        if self.num_decodes:
-            self._plan_decodes(batch[: self.num_decodes])
-        self.chunks = self._plan_chunks(batch[self.num_decodes :])
+        self.decodes = self._plan_decodes(batch[:num_decodes])
+        self.chunks = self._plan_chunks(batch[num_decodes:], start=num_decodes)
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         self.pool.write(layer, self.slots, k_NKD, v_NKD)
-        parts = [self._decode(layer, q_NHD[: self.num_decodes])] if self.num_decodes else []
+        parts = [self._decode(layer, group, q_NHD[group.start : group.stop]) for group in self.decodes]
         for chunk in self.chunks:
             part = slice(chunk.start, chunk.stop)
             parts.append(self._chunk(layer, chunk, q_NHD[part], k_NKD[part], v_NKD[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, layer: int, q_BHD: Tensor) -> Tensor:
-        k, v = self.pool.gather(layer, self.rows, self.num_decodes)
+    def _decode(self, layer: int, group: Decodes, q_BHD: Tensor) -> Tensor:
+        k, v = self.pool.gather(layer, group.rows, len(q_BHD))
         # The G query heads that share a key head stand where SDPA has query positions: no key is copied G times.
-        q_BKGD = q_BHD.reshape(self.num_decodes, self.pool.kv_heads, -1, self.pool.head_dim)
-        out = F.scaled_dot_product_attention(q_BKGD, k, v, attn_mask=self.mask_B11S)
-        return out.reshape(self.num_decodes, -1)
+        q_BKGD = q_BHD.reshape(len(q_BHD), self.pool.kv_heads, -1, self.pool.head_dim)
+        return F.scaled_dot_product_attention(q_BKGD, k, v, attn_mask=group.mask_B11S).reshape(len(q_BHD), -1)
 
     def _chunk(self, layer: int, chunk: Chunk, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         q = q_THD.transpose(0, 1).unsqueeze(0)
@@ -113,21 +125,32 @@ class StepAttention:
         blocks = np.concatenate([_blocks_of(item)[_span(item) // size] for item in batch])
         return self.pool.slots(blocks, self.positions % size)
 
-    def _plan_decodes(self, batch: Seq[Scheduled]) -> None:
-        lengths = np.array([item.seq.num_computed + 1 for item in batch])
-        width = -(-int(lengths.max()) // self.pool.block_size)
-        tables = np.zeros((len(batch), width), dtype=np.int64)  # shorter sequences read block 0, and mask it
-        for row, item in enumerate(batch):
+    def _plan_decodes(self, batch: Seq[Scheduled]) -> list[Decodes]:
+        """Cuts the decoding sequences into groups where padding would cost more than another group does."""
+        widths = [item.seq.num_computed // self.pool.block_size + 1 for item in batch]
+        groups, start, padding = [], 0, 0
+        for index, width in enumerate(widths):
+            padding += widths[start] - width
+            if padding > GROUP_COST_BLOCKS:
+                groups.append(self._group(batch, start, index, widths[start]))
+                start, padding = index, 0
+        if batch:
+            groups.append(self._group(batch, start, len(batch), widths[start]))
+        return groups
+
+    def _group(self, batch: Seq[Scheduled], start: int, stop: int, width: int) -> Decodes:
+        tables = np.zeros((stop - start, width), dtype=np.int64)  # shorter sequences read block 0, and mask it
+        for row, item in enumerate(batch[start:stop]):
             table = item.seq.block_table[:width]
             tables[row, : len(table)] = table
-        self.rows = self.pool.rows(tables)
+        lengths = np.array([item.seq.num_computed + 1 for item in batch[start:stop]])
         hidden = np.arange(width * self.pool.block_size) >= lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=self.pool.layers[0].dtype)
         mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
-        self.mask_B11S = mask[:, None, None, :].to(self.pool.device)
+        return Decodes(start, stop, self.pool.rows(tables), mask[:, None, None, :].to(self.pool.device))
 
-    def _plan_chunks(self, batch: Seq[Scheduled]) -> list[Chunk]:
-        chunks, start = [], self.num_decodes
+    def _plan_chunks(self, batch: Seq[Scheduled], *, start: int) -> list[Chunk]:
+        chunks = []
         for item in batch:
             stop = start + item.num_tokens
             rows = mask = None

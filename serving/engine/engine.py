@@ -75,7 +75,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         batch = self.scheduler.schedule()
-        batch.sort(key=lambda item: item.num_tokens > 1)  # decodes first, as the runner wants them
+        batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
         sampled = self.runner.run(batch)
         return self._postprocess(batch, sampled)
 

@@ -26,7 +26,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Seq[Scheduled]) -> list[Sampled]:
-        """Computes the batch and returns each sequence's next token. Decodes (one token) must come first.
+        """Computes the batch and returns each sequence's next token. Decodes (one token) must come first, longest first.
 
         Fills `prompt_logprobs` of the sequences that ask for them.
         """
