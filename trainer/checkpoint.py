@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from trainer.errors import Failed, Refused
@@ -50,8 +51,8 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             self._ranks.barrier()
-            writer = dcp.FileSystemWriter(beside, sync_files=True)
-            dcp.save(_state(model, optimizer), storage_writer=writer, no_dist=self._ranks.world == 1)
+            writer = FileSystemWriter(beside, sync_files=True)
+            state_dict_saver.save(_state(model, optimizer), storage_writer=writer, no_dist=self._ranks.world == 1)
             if self._ranks.first:
                 self._seal(step, beside)
         except (CheckpointException, OSError) as error:
@@ -87,8 +88,8 @@ class Checkpoints:
             )
         if step:
             state = _state(model, optimizer)
-            reader = dcp.FileSystemReader(self.path(step))
-            dcp.load(state, storage_reader=reader, no_dist=self._ranks.world == 1)
+            reader = FileSystemReader(self.path(step))
+            state_dict_loader.load(state, storage_reader=reader, no_dist=self._ranks.world == 1)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             torch.set_rng_state(state["random"])
         return step

@@ -66,14 +66,18 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
-        if self.head_dim is None and self.hidden % self.heads:
+        if self.hidden % self.heads:  # with a head_dim of its own too: Transformers opens no other
             fits = [heads for heads in range(1, self.hidden + 1) if self.hidden % heads == 0]
-            raise ValueError(f"hidden {self.hidden} does not divide by heads {self.heads}; {_nearest(self.heads, fits)}")
+            raise ValueError(
+                f"hidden {self.hidden} does not divide by heads {self.heads}; {_nearest(self.heads, fits)}"
+            )
         if self.head_width % 2:
             raise ValueError(f"the width of a head, {self.head_width}, must be even: RoPE turns pairs")
         if self.heads % self.kv_heads:
             fits = [heads for heads in range(1, self.heads + 1) if self.heads % heads == 0]
-            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; {_nearest(self.kv_heads, fits)}")
+            raise ValueError(
+                f"kv_heads {self.kv_heads} must divide heads {self.heads}; {_nearest(self.kv_heads, fits)}"
+            )
         return self
 
 
@@ -176,7 +180,9 @@ C = TypeVar("C", bound=Config)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refused(message, where="command line", fix=f"Usage: {self.format_usage().removeprefix('usage: ').strip()}")
+        raise Refused(
+            message, where="command line", fix=f"Usage: {self.format_usage().removeprefix('usage: ').strip()}"
+        )
 
 
 def read_command(
@@ -210,7 +216,9 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str]) ->
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except OSError as error:
-        raise Refused(f"cannot read the config: {error.strerror}", where=str(path), fix="Name an existing file.") from None
+        raise Refused(
+            f"cannot read the config: {error.strerror}", where=str(path), fix="Name an existing file."
+        ) from None
     except UnicodeDecodeError:
         raise Refused("the config is not UTF-8 text", where=str(path), fix="Save it as UTF-8.") from None
     except yaml.YAMLError as error:

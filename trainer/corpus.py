@@ -16,7 +16,16 @@ from trainer.errors import Refused
 
 # Not the library's own code: what was installed, what tests it, and what a program wrote (code pages, help texts, the
 # build's variables), which would teach a model tables instead of Python.
-_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+_STDLIB_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,16 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         for name in self._files:
             path = posixpath.join(self._root, name)
-            raw = self._filesystem.cat_file(path)
+            raw: bytes = self._filesystem.cat_file(path)  # pyright: ignore[reportAssignmentType] - one path gives bytes
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 if isinstance(self.source, StdlibSource):
                     self.skipped += 1
                     continue
-                fix = f"Convert it (iconv -f latin1 -t utf-8) or leave it out with source.glob, now '{self.source.glob}'."
+                fix = (
+                    f"Convert it (iconv -f latin1 -t utf-8) or leave it out with source.glob, now '{self.source.glob}'."
+                )
                 raise Refused(f"not UTF-8 at byte {error.start}", where=path, fix=fix) from None
             if text:
                 yield Document(name, text)
@@ -68,9 +79,11 @@ class Corpus:
             self._root, name = posixpath.split(self._root)
             return [name]
         pattern = posixpath.join(self._root, source.glob)
-        found = [path for path in self._filesystem.glob(pattern) if self._filesystem.isfile(path)]
+        found = [str(path) for path in self._filesystem.glob(pattern) if self._filesystem.isfile(path)]
         if not found:
-            raise Refused(f"no file matches '{source.glob}'", where=source.path, fix="Set source.glob to what is there.")
+            raise Refused(
+                f"no file matches '{source.glob}'", where=source.path, fix="Set source.glob to what is there."
+            )
         return sorted(posixpath.relpath(path, self._root) for path in found)
 
 
@@ -108,4 +121,8 @@ def split(documents: list[Document], *, share: float, seed: int) -> tuple[list[D
         return sides[0], sides[1], "by document"
     cuts = [(document, int(len(document.text) * (1 - share))) for document in documents]
     train = [Document(document.name, document.text[:cut]) for document, cut in cuts]
-    return train, [Document(document.name, document.text[cut:]) for document, cut in cuts], "by the end of each document"
+    return (
+        train,
+        [Document(document.name, document.text[cut:]) for document, cut in cuts],
+        "by the end of each document",
+    )

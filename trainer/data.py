@@ -92,7 +92,9 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log) -> None:
     manifest = read_json(out / "manifest.json")
     skipped = manifest is not None and manifest.get("config_digest") == wanted and _sizes_fit(out, manifest)
     if not skipped:
-        fill_directory(out, lambda directory: _write_dataset(config, corpus, directory, wanted, log), last="manifest.json")
+        fill_directory(
+            out, lambda directory: _write_dataset(config, corpus, directory, wanted, log), last="manifest.json"
+        )
     log.emit("artifact", kind="dataset", path=str(out))
     log.emit("done", stage="data", seconds=round(time.monotonic() - begun_s, 2), skipped=skipped)
 

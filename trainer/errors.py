@@ -47,7 +47,9 @@ def _as_line(error: Exception) -> tuple[str, int]:
         return str(error), REFUSED
     if isinstance(error, OSError):
         refused = isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError) or error.errno == 30
-        fix = "Name a place that exists and that this user can write to." if refused else "Free some space and try again."
+        fix = (
+            "Name a place that exists and that this user can write to." if refused else "Free some space and try again."
+        )
         return f"{error.strerror or error} ({error.filename or 'no file named'}). {fix}", REFUSED if refused else FAILED
     return str(error), FAILED
 

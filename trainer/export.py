@@ -15,7 +15,7 @@ from trainer.files import read_json, whole_directory, write_json, write_whole
 from trainer.model import Decoder
 
 # A base model has seen no chats: its template is the text of the messages, one after another, for it to go on from.
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
 
 
 def package_config(config: ModelConfig, *, vocab_size: int, end_of_text: int) -> dict[str, Any]:
@@ -54,9 +54,7 @@ def export_package(model: Decoder, dataset: Dataset, target: Path, *, provenance
         del weights["lm_head.weight"]  # it is the embedding: written once
     with whole_directory(target) as directory:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        write_json(
-            directory / "config.json", package_config(config, vocab_size=model.vocab_size, end_of_text=end)
-        )
+        write_json(directory / "config.json", package_config(config, vocab_size=model.vocab_size, end_of_text=end))
         shutil.copyfile(dataset.directory / "tokenizer.json", directory / "tokenizer.json")
         write_json(
             directory / "tokenizer_config.json",

@@ -16,7 +16,9 @@ _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR 
 
 def main(arguments: list[str]) -> None:
     if "--" not in arguments:
-        raise Refused("there is no '--' between torchrun's flags and the trainer's", where="command line", fix=f"Usage: {_USAGE}")
+        raise Refused(
+            "there is no '--' between torchrun's flags and the trainer's", where="command line", fix=f"Usage: {_USAGE}"
+        )
     at = arguments.index("--")
     flags, trainer_arguments = arguments[:at], arguments[at + 1 :]
     config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=trainer_arguments)

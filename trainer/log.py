@@ -50,7 +50,12 @@ class Log:
     def _draw(self, stage: str, *, done: int, total: int, unit: str, fields: dict[str, Any]) -> None:
         if self._bar is None or stage != self._stage:
             self.close()
-            columns = (TextColumn("{task.description:>9}"), BarColumn(40), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+            columns = (
+                TextColumn("{task.description:>9}"),
+                BarColumn(40),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
             self._task = self._bar.add_task(stage, total=total, unit=unit, note="")
             self._stage = stage

@@ -4,14 +4,16 @@ Every distinct n-gram has a number. That of the n-gram that ends at position i i
 (n-1)-gram that ends at i - 1 and the token at i, so that counting any order is one sort of 64-bit keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 Array = np.ndarray
+Score = Callable[[Array], Array]  # from tokens (n,) to the probability of each, given those before it (n,)
 _EM_ROUNDS = 20
-_EM_SHARE = 0.1
+_EM_EVERY = 16  # four weights need no more than every sixteenth token
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Order:
         """Numbers of n-grams by key, -1 for those never seen."""
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[at] == keys, at, -1)
+
+    def context_totals(self, vocab_size: int) -> Array:
+        """How often each context was seen, shape (contexts,)."""
+        return np.bincount(self.keys // vocab_size, weights=self.counts, minlength=self.contexts)
 
 
 def count_orders(tokens: Array, *, vocab_size: int, highest: int) -> list[Order]:
@@ -56,56 +62,53 @@ def look_up(orders: list[Order], tokens: Array, *, vocab_size: int) -> list[tupl
     return found
 
 
-def unigram(train: Array, *, vocab_size: int) -> Callable[[Array], Array]:
-    """Add-one (Laplace) unigrams: a function from tokens (n,) to the probability of each (n,)."""
-    counts = np.bincount(train, minlength=vocab_size) + 1.0
+def unigram(orders: list[Order], *, vocab_size: int) -> Score:
+    """Add-one (Laplace) unigrams."""
+    counts = np.ones(vocab_size)
+    counts[orders[0].keys] += orders[0].counts
     probabilities = counts / counts.sum()
     return lambda tokens: probabilities[tokens]
 
 
-def trigram(train: Array, *, vocab_size: int) -> Callable[[Array], Array]:
+def trigram(orders: list[Order], *, vocab_size: int) -> Score:
     """Interpolated trigrams (Jelinek and Mercer 1980): a weighted mean of uniform, 1-, 2- and 3-gram frequencies.
 
-    The weights are those that suit text the counts have not seen: EM on the last tenth of the training text, counting
-    the rest. Where a context was never seen, its weight goes to the orders below.
+    The weights are found by EM on the training text, each token taken out of the counts that score it (deleted
+    interpolation). Where a context was never seen, its weight goes to the orders below.
     """
-    cut = int(len(train) * (1 - _EM_SHARE))
-    columns = _frequencies(count_orders(train[:cut], vocab_size=vocab_size, highest=3), train[cut:], vocab_size)
-    weights = np.full(4, 0.25)
+    orders = orders[:3]
+    columns = _deleted_frequencies(orders, vocab_size)
+    weights = np.full(len(orders) + 1, 1 / (len(orders) + 1))
     for _ in range(_EM_ROUNDS):
         shares = weights * columns
         weights = (shares / shares.sum(1, keepdims=True)).mean(0)
-    orders = count_orders(train, vocab_size=vocab_size, highest=3)
 
     def probability(tokens: Array) -> Array:
-        seen = np.stack([np.ones(len(tokens), dtype=bool), *_contexts_seen(orders, tokens, vocab_size)], 1)
-        return (_frequencies(orders, tokens, vocab_size) * weights).sum(1) / (seen * weights).sum(1)
+        mixed, used = np.full(len(tokens), weights[0] / vocab_size), np.full(len(tokens), weights[0])
+        found = look_up(orders, tokens, vocab_size=vocab_size)
+        for weight, order, (context, gram) in zip(weights[1:], orders, found, strict=True):
+            totals = order.context_totals(vocab_size)
+            seen = (context >= 0) & (totals[context] > 0)
+            mixed += np.where(gram >= 0, weight * order.counts[gram] / np.maximum(totals[context], 1), 0.0)
+            used += np.where(seen, weight, 0.0)
+        return mixed / used
 
     return probability
 
 
-def _contexts_seen(orders: list[Order], tokens: Array, vocab_size: int) -> list[Array]:
-    totals = [_context_totals(order, vocab_size) for order in orders]
-    found = look_up(orders, tokens, vocab_size=vocab_size)
-    return [(context >= 0) & (total[context] > 0) for total, (context, _) in zip(totals, found, strict=True)]
-
-
-def _context_totals(order: Order, vocab_size: int) -> Array:
-    return np.bincount(order.keys // vocab_size, weights=order.counts, minlength=order.contexts)
-
-
-def _frequencies(orders: list[Order], tokens: Array, vocab_size: int) -> Array:
-    """Relative frequencies, (n, 1 + orders): uniform first; 0 where the n-gram was not seen."""
-    columns = [np.full(len(tokens), 1 / vocab_size)]
-    for order, (context, gram) in zip(orders, look_up(orders, tokens, vocab_size=vocab_size), strict=True):
-        totals = _context_totals(order, vocab_size)
-        columns.append(np.where(gram >= 0, order.counts[gram] / np.maximum(totals[context], 1), 0.0))
+def _deleted_frequencies(orders: list[Order], vocab_size: int) -> Array:
+    """Frequencies of training tokens in the counts without themselves, (sampled tokens, 1 + orders); uniform first."""
+    at = np.arange(len(orders) - 1, len(orders[0].numbers), _EM_EVERY)
+    columns = [np.full(len(at), 1 / vocab_size)]
+    for order in orders:
+        gram = order.numbers[at]
+        rest = order.context_totals(vocab_size)[order.keys[gram] // vocab_size] - 1
+        columns.append((order.counts[gram] - 1) / np.maximum(rest, 1))
     return np.stack(columns, 1)
 
 
-def kneser_ney(train: Array, *, vocab_size: int, highest: int = 5) -> Callable[[Array], Array]:
+def kneser_ney(orders: list[Order], *, vocab_size: int) -> Score:
     """Interpolated modified Kneser-Ney (Chen and Goodman 1999, section 3), with three discounts an order."""
-    orders = count_orders(train, vocab_size=vocab_size, highest=highest)
     levels = [_Level.of(order, count, vocab_size) for order, count in zip(orders, _kept_counts(orders), strict=True)]
 
     def probability(tokens: Array) -> Array:
@@ -121,7 +124,7 @@ def kneser_ney(train: Array, *, vocab_size: int, highest: int = 5) -> Callable[[
 def _kept_counts(orders: list[Order]) -> list[Array]:
     """The highest order keeps its counts; below, an n-gram counts the distinct tokens that came before it."""
     counts = []
-    for lower, higher in zip(orders, orders[1:], strict=False):
+    for lower, higher in pairwise(orders):
         one_of_each = np.zeros(len(higher.keys), dtype=np.int64)
         there = higher.numbers >= 0
         one_of_each[higher.numbers[there]] = np.flatnonzero(there)  # any place where the (n+1)-gram ends
@@ -159,8 +162,17 @@ def _discounts(counts: Array) -> Array:
     return np.clip(found, 0.0, [0.0, 1.0, 2.0, 3.0])
 
 
-BASELINES: dict[str, Callable[..., Callable[[Array], Array]]] = {
-    "unigram": unigram,
-    "trigram": trigram,
-    "kneser_ney_5": kneser_ney,
+_BASELINES: dict[str, tuple[int, Callable[..., Score]]] = {
+    "unigram": (1, unigram),
+    "trigram": (3, trigram),
+    "kneser_ney_5": (5, kneser_ney),
 }
+
+
+def baselines(train: Array, *, vocab_size: int, names: Sequence[str]) -> Iterator[tuple[str, Score]]:
+    """Counts the training tokens (n,) once and yields a name and its model, one after another."""
+    highest = max((_BASELINES[name][0] for name in names), default=0)
+    orders = count_orders(train, vocab_size=vocab_size, highest=highest)
+    for name in names:
+        order, make = _BASELINES[name]
+        yield name, make(orders[:order], vocab_size=vocab_size)

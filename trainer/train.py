@@ -88,9 +88,7 @@ def _train(
 
         loss_sum = torch.zeros((), device=ranks.device)
         for micro in range(grad_accum):
-            tokens = cursor.batch(
-                step, micro=micro, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.world
-            )
+            tokens = cursor.batch(step, micro=micro, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.world)
             tokens_BL = torch.from_numpy(tokens).to(ranks.device, non_blocking=True)
             with without_sync(parallel, last=micro == grad_accum - 1), autocast:
                 loss = parallel(tokens_BL[:, :-1], tokens_BL[:, 1:]) / grad_accum
@@ -139,16 +137,17 @@ def _agree(loss_sum: torch.Tensor, stop: StopSignal, norm: torch.Tensor, ranks: 
     It has to be before the optimizer step, because a step with a loss that is not finite must not be made.
     """
     told = torch.tensor(float(stop.received is not None), device=ranks.device)
-    mean_loss, told = ranks.sum(torch.stack([loss_sum / ranks.world, told])).unbind()
-    loss, told, norm = torch.stack([mean_loss, told, norm]).tolist()
-    return loss, told > 0, norm
+    shared = ranks.sum(torch.stack([loss_sum / ranks.world, told]))
+    mean_loss, any_told, norm_now = torch.cat([shared, norm.unsqueeze(0)]).tolist()
+    return mean_loss, any_told > 0, norm_now
 
 
 def make_deterministic(seed: int) -> None:
     """The same numbers at every run of the same program on the same kind of machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # Nothing here reads what it has not written, so fresh memory need not be filled.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
     torch.manual_seed(seed)
 
 
@@ -177,7 +176,9 @@ def _finish(config: TrainConfig, dataset: Dataset, run: Path, *, model: Decoder,
     from trainer.plot import plot_loss  # matplotlib takes a second to load, and a resumed run may never come here
 
     rows = history.rows()
-    plot_loss(rows, run / "loss.png", title=f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end")
+    plot_loss(
+        rows, run / "loss.png", title=f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end"
+    )
     export_package(
         model,
         dataset,
