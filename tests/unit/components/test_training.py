@@ -1,0 +1,156 @@
+"""The Jobs of a training: restarts, rendezvous, waiting, volumes, placement."""
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from .conftest import Json, Objects
+
+
+def main(manifest: Json) -> Json:
+    return manifest["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_disruptions_do_not_count_and_refusals_are_final(stack: Objects) -> None:
+    for job in stack.kind("Job"):
+        first, second, third = job["spec"]["podFailurePolicy"]["rules"]
+        assert (first["action"], first["onPodConditions"]) == (
+            "Ignore",
+            [{"type": "DisruptionTarget", "status": "True"}],
+        )
+        assert (second["action"], second["onExitCodes"]) == ("Ignore", {"operator": "In", "values": [75]})
+        assert (third["action"], third["onExitCodes"]) == ("FailJob", {"operator": "In", "values": [2]})
+        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_a_gang_is_one_indexed_job_whose_indexes_try_again_by_themselves(prod: Objects) -> None:
+    spec = prod.one("Job", "train")["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (6, 0)
+    assert "backoffLimit" not in spec
+
+
+def test_ranks_meet_at_the_first_pod_before_it_is_ready(prod: Objects) -> None:
+    job = prod.one("Job", "train")
+    name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
+    service = prod.one("Service", name)
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert pod["subdomain"] == name
+    port = next(int(p["containerPort"]) for p in main(job)["ports"] if p["name"] == "rdzv")
+    environment = {v["name"]: v.get("value") for v in main(job)["env"]}
+    assert environment["RDZV_ENDPOINT"] == f"{name}-0.{name}:{port}"
+    assert "--rdzv-endpoint=$(RDZV_ENDPOINT)" in main(job)["command"]
+    assert f"--rdzv-id={name}" in main(job)["command"]
+
+
+def test_ranks_are_the_gpus_that_the_pod_holds(prod: Objects, local: Objects) -> None:
+    on_gpus, on_cpus = main(prod.one("Job", "train")), main(local.one("Job", "train"))
+    assert on_gpus["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert "--nproc-per-node=8" in on_gpus["command"]
+    assert "nvidia.com/gpu" not in on_cpus["resources"]["limits"]
+
+
+def test_shared_memory_is_sized(stack: Objects) -> None:
+    job = stack.one("Job", "train")
+    volume = next(v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "shm")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    assert volume["emptyDir"]["sizeLimit"] != "64Mi"
+    assert "/dev/shm" in {mount["mountPath"] for mount in main(job)["volumeMounts"]}
+
+
+def test_each_stage_waits_for_what_the_stage_before_it_writes_last(stack: Objects) -> None:
+    data, train, promote = (stack.one("Job", stage) for stage in ("data", "train", "promote"))
+    dataset = next(w for w in main(data)["command"] if w.startswith("out=")).removeprefix("out=")
+    run = next(w for w in main(train)["command"] if w.startswith("run=")).removeprefix("run=")
+    assert f"data={dataset}" in main(train)["command"]
+    waits = [job["spec"]["template"]["spec"]["initContainers"][0]["command"] for job in (train, promote)]
+    assert waits == [
+        ["python", "-m", "trainer.wait", f"{dataset}/manifest.json"],
+        ["python", "-m", "trainer.wait", f"{run}/model/slipway.json"],
+    ]
+    evaluate = promote["spec"]["template"]["spec"]["initContainers"][1]["command"]
+    assert {f"model={run}/model", f"data={dataset}"} <= set(evaluate)
+    report = next(w for w in evaluate if w.startswith("out=")).removeprefix("out=") + "/evaluation.json"
+    assert f"report={report}" in main(promote)["command"]
+
+
+def test_only_training_asks_for_gpus(prod: Objects) -> None:
+    for stage in ("data", "promote"):
+        pod = prod.one("Job", stage)["spec"]["template"]["spec"]
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert "nvidia.com/gpu" not in container["resources"]["limits"]
+        assert "nodeSelector" not in pod
+        assert [toleration["value"] for toleration in pod["tolerations"]] == ["train"]
+
+
+def test_pods_find_their_pool_and_tolerate_its_taint(prod: Objects) -> None:
+    wanted = {"train": prod.one("Job", "train"), "serve": prod.one("Deployment", "chat")}
+    for pool, manifest in wanted.items():
+        pod = manifest["spec"]["template"]["spec"]
+        nodes = prod.one("NodePool", f"slipway-prod-{pool}")["spec"]["template"]
+        assert pod["nodeSelector"].items() <= nodes["metadata"]["labels"].items()
+        taint = nodes["spec"]["taints"][0]
+        assert {"operator": "Equal", **taint} in pod["tolerations"]
+
+
+def test_nodes_that_are_there_already_need_no_selector(local: Objects) -> None:
+    for pod in local.pods():
+        assert not {"nodeSelector", "tolerations", "affinity"} & pod["spec"].keys()
+
+
+def test_config_files_hold_what_the_trainer_reads_and_no_paths(local: Objects) -> None:
+    def config(stage: str, file: str) -> Any:
+        return yaml.safe_load(local.one("ConfigMap", local.one("Job", stage)["metadata"]["name"])["data"][file])
+
+    assert config("data", "data.yaml") == {
+        "source": {"kind": "python-stdlib"},
+        "vocab_size": 1024,
+        "held_out": 0.05,
+        "seed": 0,
+    }
+    assert config("train", "train.yaml").keys() == {
+        "model", "seq", "global_batch", "micro_batch", "steps", "optim", "dtype", "seed", "checkpoint", "log_every_steps",
+    }  # fmt: skip
+    assert config("promote", "publish.yaml") == {"gate": {"must_beat": "trigram"}}
+    assert config("promote", "evaluate.yaml").keys() == {"max_tokens", "baselines", "sample"}
+    for stage, file in (("data", "data.yaml"), ("train", "train.yaml"), ("promote", "evaluate.yaml")):
+        assert "/" not in yaml.safe_dump(config(stage, file)).replace("/n", "")
+
+
+def test_volumes_of_several_nodes_are_shared(prod: Objects, local: Objects) -> None:
+    assert {tuple(c["spec"]["accessModes"]) for c in prod.kind("PersistentVolumeClaim")} == {("ReadWriteMany",)}
+    assert {tuple(c["spec"]["accessModes"]) for c in local.kind("PersistentVolumeClaim")} == {("ReadWriteOnce",)}
+
+
+def test_a_volume_is_the_registry_where_there_is_no_object_store(prod: Objects, local: Objects) -> None:
+    assert "registry" in local.names("PersistentVolumeClaim")
+    assert "registry" not in prod.names("PersistentVolumeClaim")
+    publish = main(local.one("Job", "promote"))
+    assert "registry=file:///registry" in publish["command"]
+    server = main(local.one("Deployment", "chat"))
+    mount = next(m for m in server["volumeMounts"] if m["mountPath"] == "/registry")
+    assert mount["readOnly"] is True
+
+
+def test_only_pods_that_open_the_object_store_have_an_identity(prod: Objects) -> None:
+    with_identity = {a["metadata"]["name"] for a in prod.kind("ServiceAccount") if "annotations" in a["metadata"]}
+    assert with_identity == {"data", "promote", "serve"}
+
+
+def test_the_pool_keeps_its_least_nodes_and_ends_at_its_most(prod: Objects, rendered: Callable[..., Objects]) -> None:
+    assert prod.one("NodePool", "slipway-prod-train")["spec"]["limits"] == {"nvidia.com/gpu": "16"}
+    keeper = prod.one("Deployment", "keep-serve")
+    assert keeper["spec"]["replicas"] == 2
+    # One a node, and nothing that real pods would miss.
+    assert keeper["spec"]["template"]["spec"]["affinity"]["podAntiAffinity"]
+    assert "nvidia.com/gpu" not in main(keeper)["resources"]["limits"]
+    assert rendered("prod", {"node_pools.1.min_nodes": 0}).names("Deployment") == {"chat", "router"}
+
+
+def test_training_nodes_are_taken_away_only_when_empty(prod: Objects) -> None:
+    disruption = prod.one("NodePool", "slipway-prod-train")["spec"]["disruption"]
+    assert disruption["consolidationPolicy"] == "WhenEmpty"
+    template = prod.one("Job", "train")["spec"]["template"]
+    assert template["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
