@@ -33,13 +33,13 @@ def train(config: TrainConfig, *, data: Path, run: Path, stop: StopSignal) -> No
     """
     begun_s = time.monotonic()
     log = Log(rank=int(os.environ.get("RANK", "0")))
-    grad_accum = config.grad_accum(int(os.environ.get("WORLD_SIZE", "1")))
+    config.grad_accum(int(os.environ.get("WORLD_SIZE", "1")))  # refused before any rank is waited for
     dataset = Dataset.open(data)
     if not _finished(config, dataset, run):
         make_deterministic(config.seed)
         ranks = join_ranks()
         try:
-            _train(config, dataset, run, grad_accum=grad_accum, ranks=ranks, stop=stop, log=log)
+            _train(config, dataset, run, ranks=ranks, stop=stop, log=log)
         except RuntimeError as error:
             if isinstance(error, Failed) or "gloo" not in str(error):
                 raise
@@ -56,9 +56,7 @@ def train(config: TrainConfig, *, data: Path, run: Path, stop: StopSignal) -> No
     log.emit("done", stage="train", seconds=round(time.monotonic() - begun_s, 2), skipped=skipped)
 
 
-def _train(
-    config: TrainConfig, dataset: Dataset, run: Path, *, grad_accum: int, ranks: Ranks, stop: StopSignal, log: Log
-) -> None:
+def _train(config: TrainConfig, dataset: Dataset, run: Path, *, ranks: Ranks, stop: StopSignal, log: Log) -> None:
     run.mkdir(parents=True, exist_ok=True)
     metrics = TrainMetrics()
     if ranks.first:
@@ -76,35 +74,15 @@ def _train(
     if ranks.first:
         history.begin(start)
     parallel = parallelize(model, ranks)
-    autocast = precision(config.dtype, ranks.device)
     step_tokens = config.global_batch * config.seq
     metrics.steps.set(config.steps)
-    mark_s, mark_step, saved = time.monotonic(), start, start
+    mark_s, mark_step = time.monotonic(), start
 
     for step in range(start, config.steps):
         lr = learning_rate(step, steps=config.steps, config=config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        loss_sum = torch.zeros((), device=ranks.device)
-        for micro in range(grad_accum):
-            tokens = cursor.batch(step, micro=micro, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.world)
-            tokens_BL = torch.from_numpy(tokens).to(ranks.device, non_blocking=True)
-            with without_sync(parallel, last=micro == grad_accum - 1), autocast:
-                loss = parallel(tokens_BL[:, :-1], tokens_BL[:, 1:]) / grad_accum
-                loss.backward()
-            loss_sum += loss.detach()
-
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        loss, stopping, norm = _agree(loss_sum, stop, norm, ranks)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Failed(
-                f"the loss is {loss:g} and the norm of the gradients {norm:g} at step {step + 1}; the step was not made",
-                where=f"optim.lr {lr:g}, {run}",
-                fix=f"Lower optim.lr or raise optim.warmup_steps; {run / 'checkpoints'} holds step {saved} and earlier.",
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+        loss, norm, stopping = train_step(
+            step, config, model=parallel, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
+        )
         done = step + 1
 
         now_s = time.monotonic()
@@ -120,7 +98,6 @@ def _train(
 
         if stopping or done % config.checkpoint.every_steps == 0 or done == config.steps:
             checkpoints.save(done, model, optimizer)
-            saved = done
             metrics.checkpoint_seconds.set(time.monotonic() - now_s)
             metrics.last_checkpoint_step.set(done)
         if stopping and done < config.steps:
@@ -131,15 +108,57 @@ def _train(
     ranks.barrier()
 
 
-def _agree(loss_sum: torch.Tensor, stop: StopSignal, norm: torch.Tensor, ranks: Ranks) -> tuple[float, bool, float]:
-    """Mean loss over ranks, whether any rank was told to stop, and the norm: the one wait for the device in a step.
+def train_step(
+    step: int,
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cursor: Cursor,
+    lr: float,
+    ranks: Ranks,
+    stop: StopSignal,
+) -> tuple[float, float, bool]:
+    """One optimizer step: the mean loss over the global batch, the norm before clipping, and whether to stop after it.
+
+    Raises Failed, before the step is made, for a loss or gradients that are not finite.
+    """
+    grad_accum = config.grad_accum(ranks.world)
+    autocast = precision(config.dtype, ranks.device)
+    loss_sum = torch.zeros((), device=ranks.device)
+    for micro in range(grad_accum):
+        tokens = cursor.batch(step, micro=micro, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.world)
+        tokens_BL = torch.from_numpy(tokens).to(ranks.device, non_blocking=True)
+        with without_sync(model, last=micro == grad_accum - 1):
+            with autocast:
+                loss = model(tokens_BL[:, :-1], tokens_BL[:, 1:]) / grad_accum
+            loss.backward()
+        loss_sum += loss.detach()
+
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    mean_loss, norm, stopping = _agree(loss_sum, norm, stop, ranks)
+    if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+        raise Failed(
+            f"the loss is {mean_loss:g} and the norm of the gradients {norm:g} at step {step + 1}; the step was not made",
+            where=f"optim.lr {lr:g}",
+            fix="Lower optim.lr or raise optim.warmup_steps; the checkpoints before it are kept.",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss, norm, stopping
+
+
+def _agree(loss_sum: torch.Tensor, norm: torch.Tensor, stop: StopSignal, ranks: Ranks) -> tuple[float, float, bool]:
+    """Mean loss over ranks, the norm, and whether any rank was told to stop: the one wait for the device in a step.
 
     It has to be before the optimizer step, because a step with a loss that is not finite must not be made.
     """
     told = torch.tensor(float(stop.received is not None), device=ranks.device)
     shared = ranks.sum(torch.stack([loss_sum / ranks.world, told]))
     mean_loss, any_told, norm_now = torch.cat([shared, norm.unsqueeze(0)]).tolist()
-    return mean_loss, any_told > 0, norm_now
+    return mean_loss, norm_now, any_told > 0
 
 
 def make_deterministic(seed: int) -> None:

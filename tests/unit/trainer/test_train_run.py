@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset, tmp_path, monk
     step = torch.optim.AdamW.step
     monkeypatch.setattr(Decoder, "forward", spoiled)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (stepped.append(1), step(self))[1])
-    with pytest.raises(Failed, match=r"loss is nan .* at step 6; the step was not made.*holds step 4"):
+    with pytest.raises(Failed, match=r"loss is nan .* at step 6; the step was not made"):
         train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
     assert sum(stepped) == 5
     assert not (tmp_path / "model").exists()
