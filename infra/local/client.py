@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import psutil
+
 from infra.local.locks import is_held, lock
 from infra.local.objects import Json, ManifestError, Manifests
 from infra.local.plan import REPOSITORY
 from infra.local.pod import LONGEST_GRACE_S
-from infra.local.processes import STATE_MARK, kill_marked
+from infra.local.processes import STATE_MARK, kill_marked, marked
 from infra.local.status import Status, read_status
 
 _START_S = 30.0
@@ -270,6 +272,7 @@ def _stop(state_dir: Path) -> Down:
     until = time.monotonic() + _STOP_S
     while _is_running(state_dir) and time.monotonic() < until:
         time.sleep(0.02)
+    _end_lost_supervisors(state_dir)
     killed = kill_marked(STATE_MARK, str(state_dir))
     shutil.rmtree(state_dir / "pods", ignore_errors=True)  # files of Secrets, when a supervisor was killed
     socket_path = _identity(state_dir).get("socket")
@@ -278,3 +281,14 @@ def _stop(state_dir: Path) -> Down:
         shutil.rmtree(Path(socket_path).parent, ignore_errors=True)
         (state_dir / "supervisor.json").unlink(missing_ok=True)
     return Down(was_running=was_running, killed=killed)
+
+
+def _end_lost_supervisors(state_dir: Path) -> None:
+    """Those whose state directory was removed under them hold no lock that can be seen; a signal still ends them well."""
+    lost: list[psutil.Process] = []
+    for process in marked(STATE_MARK, str(state_dir)):
+        with contextlib.suppress(psutil.Error):
+            if "infra.local.supervisor" in process.cmdline():
+                process.terminate()
+                lost.append(process)
+    psutil.wait_procs(lost, timeout=_STOP_S)
