@@ -25,7 +25,7 @@ STAGES = {
     "publish": "publish",
     "load": "load model",
 }
-PLAIN_EVERY_S = 5.0
+PLAIN_EVERY_S = 10.0
 
 
 class _Done(ProgressColumn):

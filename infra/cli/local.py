@@ -89,12 +89,13 @@ def status(stack: StackName = "local", json: AsJson = False) -> None:
         print_json(found.model_dump())
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("", "name", "state", "ready", "restarts", "where", "why"):
-        table.add_column(name)
+    for name in ("workload", "state", "ready", "what it is doing"):
+        table.add_column(name, overflow="fold")
     for workload in found.workloads:
-        ready = f"{workload.ready}/{workload.wanted}"
-        where, why = workload.url or "", workload.reason
-        table.add_row(workload.kind, workload.name, workload.state, ready, str(workload.restarts), where, why)
+        restarts = f"restarted {workload.restarts} times" if workload.restarts else ""
+        doing = " · ".join(part for part in (workload.url or "", workload.reason, restarts) if part)
+        name = f"{workload.kind.lower()}/{workload.name}"
+        table.add_row(name, workload.state, f"{workload.ready}/{workload.wanted}", doing)
     people.print(table if found.workloads else f"{stack} has never been up. Fix: slipway local up -s {stack}")
 
 

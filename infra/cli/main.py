@@ -78,9 +78,9 @@ def render(
 
     rendered = render_stack(stack_file(stack), out)
     if json:
-        print_json({"stack": stack, "out": str(out), "files": sorted(rendered.files), "outputs": rendered.outputs})
+        print_json({"stack": stack, "out": str(out), "manifests": len(rendered.manifests), "outputs": rendered.outputs})
     else:
-        people.print(f"{len(rendered.files)} files in {out}")
+        people.print(f"{len(rendered.manifests)} manifests and plan.json in {out}")
 
 
 def main() -> None:
