@@ -1,0 +1,116 @@
+"""The router's configuration: accepted by the real Envoy, and what it says."""
+
+import subprocess
+import sysconfig
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.components.envoy import Backend, bootstrap
+from infra.spec import Router
+
+ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
+CHAT = Backend(name="chat", host="chat-pods", port=8000)
+CODE = Backend(name="code", host="code-pods", port=8000)
+POLICIES = ("round_robin", "random", "least_request", "ring_hash", "maglev")
+
+
+def routes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    return manager["route_config"]["virtual_hosts"][0]["routes"]
+
+
+def clusters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
+
+
+@pytest.mark.parametrize(("policy", "cookie"), list(product(POLICIES, (None, "session"))))
+def test_envoy_accepts_every_policy(tmp_path: Path, policy: Any, cookie: str | None) -> None:
+    config = bootstrap(Router(policy=policy, cookie=cookie), [CHAT, CODE])
+    file = tmp_path / "envoy.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [ENVOY, "--mode", "validate", "-c", file, "--disable-hot-restart", "--log-level", "error"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_envoy_accepts_a_header_hash_and_refuses_nonsense(tmp_path: Path) -> None:
+    file = tmp_path / "envoy.yaml"
+    for router, code in ((Router(policy="maglev", hash_header="x-user"), 0), (None, 1)):
+        config = bootstrap(router, [CHAT]) if router else {"static_resources": {"listenerz": []}}
+        file.write_text(yaml.safe_dump(config))
+        done = subprocess.run([ENVOY, "--mode", "validate", "-c", file, "--disable-hot-restart"], capture_output=True)
+        assert done.returncode == code
+
+
+def test_one_service_is_at_the_root_and_several_at_their_names() -> None:
+    def prefixes(*backends: Backend) -> list[str]:
+        return [r["match"]["prefix"] for r in routes(bootstrap(Router(), backends)) if "route" in r]
+
+    assert prefixes(CHAT) == ["/chat/", "/"]
+    assert prefixes(CHAT, CODE) == ["/chat/", "/code/"]
+
+
+def test_metrics_are_never_exposed() -> None:
+    for backends in ([CHAT], [CHAT, CODE]):
+        found = routes(bootstrap(Router(), backends))
+        for index, route in enumerate(found):
+            if "route" in route:
+                prefix = route["match"]["prefix"]
+                before = [r["match"]["prefix"] for r in found[:index] if "direct_response" in r]
+                assert f"{prefix}metrics" in before
+
+
+def test_nothing_is_sent_again_once_an_answer_has_begun() -> None:
+    for route in routes(bootstrap(Router(), [CHAT])):
+        if "route" in route:
+            retries = route["route"]["retry_policy"]
+            assert set(retries["retry_on"].split(",")) <= {
+                "connect-failure",
+                "refused-stream",
+                "reset-before-request",
+                "retriable-status-codes",
+            }
+            assert retries["retriable_status_codes"] == [503]
+
+
+def test_streams_are_not_cut_by_a_route_timeout() -> None:
+    for route in routes(bootstrap(Router(stream_timeout_s=77), [CHAT])):
+        if "route" in route:
+            assert route["route"]["timeout"] == "0s"
+            assert route["route"]["max_stream_duration"]["max_stream_duration"] == "77s"
+
+
+def test_replicas_that_are_not_ready_get_nothing() -> None:
+    cluster = clusters(bootstrap(Router(), [CHAT]))["chat"]
+    assert cluster["health_checks"][0]["http_health_check"]["path"] == "/health/ready"
+    # With traffic or without: the default is once a minute while nobody calls.
+    assert cluster["health_checks"][0]["no_traffic_interval"] == "1s"
+    assert cluster["common_lb_config"]["healthy_panic_threshold"] == {"value": 0}
+
+
+def test_a_cookie_is_hashed_by_hashing_policies_and_names_a_replica_under_others() -> None:
+    def filters(router: Router) -> list[str]:
+        listener = bootstrap(router, [CHAT])["static_resources"]["listeners"][0]
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        return [http_filter["name"] for http_filter in manager["http_filters"]]
+
+    assert "envoy.filters.http.stateful_session" in filters(Router(policy="least_request", cookie="s"))
+    hashing = Router(policy="ring_hash", cookie="s", cookie_ttl_s=60)
+    assert "envoy.filters.http.stateful_session" not in filters(hashing)
+    hashes = routes(bootstrap(hashing, [CHAT]))[-1]["route"]["hash_policy"]
+    assert hashes[0]["cookie"] == {"name": "s", "ttl": "60s", "path": "/"}
+
+
+def test_the_admin_interface_is_the_pods_own() -> None:
+    config = bootstrap(Router(), [CHAT])
+    assert config["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
+    listener = config["static_resources"]["listeners"][1]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    exposed = {
+        r["match"]["path"]: r["route"]["prefix_rewrite"] for r in manager["route_config"]["virtual_hosts"][0]["routes"]
+    }
+    assert exposed == {"/metrics": "/stats/prometheus", "/ready": "/ready"}

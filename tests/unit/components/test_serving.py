@@ -1,0 +1,191 @@
+"""Services: roll-out, probes, drain, budgets, autoscaling; the quota, the network, the monitors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from infra.components.alerts import rule_groups
+from infra.spec import load
+
+from .conftest import STACKS, Json, Objects
+
+
+def server(objects: Objects, name: str = "chat") -> Json:
+    return objects.one("Deployment", name)["spec"]["template"]["spec"]["containers"][0]
+
+
+def flag(container: Json, name: str) -> str:
+    return container["command"][container["command"].index(name) + 1]
+
+
+def test_a_rollout_needs_no_gpu_that_is_not_there(prod: Objects, local: Objects) -> None:
+    assert prod.one("Deployment", "chat")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert local.one("Deployment", "chat")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def test_replicas_are_left_to_the_autoscaler(prod: Objects, local: Objects) -> None:
+    assert "replicas" not in prod.one("Deployment", "chat")["spec"]
+    assert prod.one("HorizontalPodAutoscaler", "chat")["spec"]["maxReplicas"] == 8
+    assert local.one("Deployment", "chat")["spec"]["replicas"] == 2
+    assert local.kind("HorizontalPodAutoscaler") == []
+
+
+def test_scaling_follows_a_signal_without_a_ceiling(prod: Objects) -> None:
+    spec = prod.one("HorizontalPodAutoscaler", "chat")["spec"]
+    (metric,) = spec["metrics"]
+    assert metric["pods"]["metric"]["name"] == "slipway_serve_requests_in_flight"
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "24"}
+    assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
+
+
+def test_a_pod_that_waits_for_its_model_is_not_killed(stack: Objects) -> None:
+    container = server(stack)
+    assert container["startupProbe"]["httpGet"] == {"path": "/health/live", "port": "http"}
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+
+
+def test_the_startup_budget_follows_the_estimate(rendered: Callable[..., Objects]) -> None:
+    def budget(load_s: int) -> int:
+        probe = server(rendered("local", {"services.0.load_s": load_s}))["startupProbe"]
+        return probe["periodSeconds"] * probe["failureThreshold"]
+
+    assert budget(20) >= 2 * 20
+    assert budget(600) >= 2 * 600
+
+
+def test_streams_have_their_drain_before_the_kill(stack: Objects) -> None:
+    pod = stack.one("Deployment", "chat")["spec"]["template"]["spec"]
+    before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert before > 0
+    assert pod["terminationGracePeriodSeconds"] > before + int(flag(pod["containers"][0], "--drain-s"))
+
+
+def test_the_router_outlives_the_streams_of_its_services(stack: Objects) -> None:
+    router = stack.one("Deployment", "router")["spec"]["template"]["spec"]
+    sleep = router["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert sleep > int(flag(server(stack), "--drain-s"))
+    assert router["terminationGracePeriodSeconds"] > sleep
+
+
+def test_budgets_can_always_be_satisfied(stack: Objects) -> None:
+    for budget in stack.kind("PodDisruptionBudget"):
+        assert budget["spec"]["maxUnavailable"] == 1
+        assert "minAvailable" not in budget["spec"]
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_the_cache_is_given_in_bytes(prod: Objects) -> None:
+    assert flag(server(prod), "--kv-bytes") == str(24 * 2**30)
+
+
+def test_servers_follow_the_channel_that_the_gate_moves(stack: Objects) -> None:
+    publish = stack.one("Job", "promote")["spec"]["template"]["spec"]["containers"][0]["command"]
+    said = dict(word.split("=", 1) for word in publish if "=" in word)
+    url = f"{said['registry']}/models/{said['name']}/channels/{said['channel']}.json"
+    assert server(stack)["command"][3] == url
+    assert flag(server(stack), "--served-name") == said["name"]
+
+
+def test_threads_follow_the_limit(stack: Objects) -> None:
+    variable = next(v for v in server(stack)["env"] if v["name"] == "OMP_NUM_THREADS")
+    assert variable["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu", "divisor": "1"}
+
+
+def test_replicas_spread_and_never_stay_pending_for_it(stack: Objects) -> None:
+    constraints = stack.one("Deployment", "chat")["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert {c["topologyKey"] for c in constraints} == {"topology.kubernetes.io/zone", "kubernetes.io/hostname"}
+    assert {c["whenUnsatisfiable"] for c in constraints} == {"ScheduleAnyway"}
+
+
+def test_the_quota_is_what_the_pools_can_hold(prod: Objects, rendered: Callable[..., Objects]) -> None:
+    key = "requests.nvidia.com/gpu"
+    assert prod.one("ResourceQuota", "quota")["spec"]["hard"][key] == str(2 * 8 + 9)
+    assert rendered("prod", {"tenancy.quota": {"gpus": 4}}).one("ResourceQuota", "quota")["spec"]["hard"][key] == "4"
+
+
+def matching(stack: Objects, selector: dict[str, Any]) -> list[Json]:
+    wanted = selector.get("matchLabels", {}).items()
+    return [pod for pod in stack.pods() if wanted <= pod["metadata"]["labels"].items()]
+
+
+def test_the_network_denies_what_no_policy_allows(stack: Objects) -> None:
+    spec = stack.one("NetworkPolicy", "default-deny")["spec"]
+    assert spec == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_policies_are_about_pods_and_ports_that_exist(stack: Objects) -> None:
+    for policy in stack.kind("NetworkPolicy"):
+        spec, name = policy["spec"], policy["metadata"]["name"]
+        pods = matching(stack, spec["podSelector"])
+        assert pods, name
+        for rule in spec.get("ingress", []):
+            for port in rule.get("ports", []):
+                assert all(port["port"] in names(pod) for pod in pods), name
+        for rule in spec.get("egress", []):
+            for peer in (p for p in rule.get("to", []) if "podSelector" in p and "namespaceSelector" not in p):
+                reached = matching(stack, peer["podSelector"])
+                assert reached, name
+                assert all(port["port"] in names(pod) for pod in reached for port in rule.get("ports", [])), name
+
+
+def names(pod: Json) -> set[str]:
+    return {port["name"] for container in pod["spec"]["containers"] for port in container.get("ports", [])}
+
+
+def test_the_internet_is_only_for_pods_that_open_an_object_store(prod: Objects, local: Objects) -> None:
+    assert {n for n in prod.names("NetworkPolicy") if "object-store" in n} == {
+        f"{component}-reaches-object-store" for component in ("data", "promote", "serve")
+    }
+    assert not any("object-store" in name for name in local.names("NetworkPolicy"))
+    spec = prod.one("NetworkPolicy", "serve-reaches-object-store")["spec"]["egress"][0]
+    assert spec["to"][0]["ipBlock"]["except"] == ["169.254.169.254/32"]
+
+
+def test_who_may_call_the_router(rendered: Callable[..., Objects]) -> None:
+    inside = rendered("prod", {"router.expose": "ClusterIP"}).one("NetworkPolicy", "clients-call-router")
+    peers = inside["spec"]["ingress"][0]["from"]
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}} in peers
+    public = rendered("prod", {}).one("NetworkPolicy", "clients-call-router")
+    assert "from" not in public["spec"]["ingress"][0]
+
+
+def test_each_default_can_be_turned_off_by_name(rendered: Callable[..., Objects]) -> None:
+    assert rendered("local", {"tenancy.network_policies": False}).kind("NetworkPolicy") == []
+    bare = rendered("local", {"monitoring.enabled": False})
+    assert bare.kind("PrometheusRule") == bare.kind("ServiceMonitor") == bare.kind("PodMonitor") == []
+
+
+def test_each_replica_is_scraped_once(stack: Objects) -> None:
+    monitor = stack.one("ServiceMonitor", "services")["spec"]
+    wanted = monitor["selector"]["matchLabels"].items()
+    chosen = [s for s in stack.kind("Service") if wanted <= s["metadata"]["labels"].items()]
+    assert [s["metadata"]["name"] for s in chosen] == ["chat-pods"]
+    assert {e["port"] for e in monitor["endpoints"]} <= {p["name"] for p in chosen[0]["spec"]["ports"]}
+    for pod_monitor in stack.kind("PodMonitor"):
+        pods = matching(stack, pod_monitor["spec"]["selector"])
+        assert pods
+        assert all("metrics" in names(pod) for pod in pods)
+
+
+@pytest.mark.parametrize("goal", ["ttft_p95_s", "tpot_p95_s"])
+def test_alerts_and_dashboards_hold_the_objectives(rendered: Callable[..., Objects], goal: str) -> None:
+    objects = rendered("local", {f"monitoring.objectives.{goal}": 0.321})
+    rules = [r for g in objects.one("PrometheusRule", "objectives")["spec"]["groups"] for r in g["rules"]]
+    assert any(rule["expr"].endswith("> 0.321") for rule in rules)
+    (board,) = [c for c in objects.kind("ConfigMap") if c["metadata"]["name"].startswith("slipway-serving")]
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert "0.321" in next(iter(board["data"].values()))
+
+
+def test_the_autoscalers_limit_is_watched() -> None:
+    groups = rule_groups(load(STACKS / "Pulumi.prod.yaml"))
+    alert = next(r for g in groups for r in g["rules"] if r["alert"] == "SlipwayAtMaxReplicas")
+    assert alert["expr"].endswith(f"> {24 * 8}")
+
+
+def test_a_stack_may_serve_without_training(rendered: Callable[..., Objects]) -> None:
+    objects = rendered("local", {"training": None})
+    assert objects.kind("Job") == []
+    assert objects.names("Deployment") == {"chat", "router"}
