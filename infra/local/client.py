@@ -269,10 +269,7 @@ def _stop(state_dir: Path) -> Down:
             connection.sendall(b'{"op": "stop"}\n')
             while connection.recv(2**16):
                 pass
-    until = time.monotonic() + _STOP_S
-    while _is_running(state_dir) and time.monotonic() < until:
-        time.sleep(0.02)
-    _end_lost_supervisors(state_dir)
+    _end_supervisors(state_dir)
     killed = kill_marked(STATE_MARK, str(state_dir))
     shutil.rmtree(state_dir / "pods", ignore_errors=True)  # files of Secrets, when a supervisor was killed
     socket_path = _identity(state_dir).get("socket")
@@ -283,12 +280,12 @@ def _stop(state_dir: Path) -> Down:
     return Down(was_running=was_running, killed=killed)
 
 
-def _end_lost_supervisors(state_dir: Path) -> None:
-    """Those whose state directory was removed under them hold no lock that can be seen; a signal still ends them well."""
-    lost: list[psutil.Process] = []
+def _end_supervisors(state_dir: Path) -> None:
+    """Wait for the one that was asked to stop; one whose socket or state directory was removed stops by this signal."""
+    ending: list[psutil.Process] = []
     for process in marked(STATE_MARK, str(state_dir)):
         with contextlib.suppress(psutil.Error):
             if "infra.local.supervisor" in process.cmdline():
                 process.terminate()
-                lost.append(process)
-    psutil.wait_procs(lost, timeout=_STOP_S)
+                ending.append(process)
+    psutil.wait_procs(ending, timeout=_STOP_S)

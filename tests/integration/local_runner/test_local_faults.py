@@ -121,11 +121,12 @@ def test_purge_takes_the_volumes_and_only_a_stack_s_own_directory(stack, tmp_pat
     assert not (tmp_path / "rendered").exists()
 
 
-def test_a_state_directory_that_was_removed_under_it(stack):
+@pytest.mark.parametrize("removed", ["state", "socket"])
+def test_files_that_were_removed_under_it(stack, removed):
     stack.up(SLEEPER)
     meeting = Path(json.loads((stack.state / "supervisor.json").read_text())["socket"]).parent
-    shutil.rmtree(stack.state, ignore_errors=True)
-    down(stack.state)
+    shutil.rmtree(stack.state if removed == "state" else meeting, ignore_errors=True)
+    assert down(stack.state).killed == 0, "it still stops gracefully"
     assert not stack.processes()
     assert not meeting.exists()
 
