@@ -19,6 +19,8 @@ from serving.package import Channel, Package
 from serving.settings import Settings
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 3660  # above a proxy's idle limit (Envoy: an hour), so that no request meets a connection being closed
+FLUSH_S = 2  # for the last bytes of answers, once the drain is over
 
 
 class Uvicorn(uvicorn.Server):
@@ -52,7 +54,14 @@ async def serve(source: Package | Channel, settings: Settings, sock: socket.sock
     host = ModelHost(source, settings, Metrics())
     lifecycle = Lifecycle()
     config = uvicorn.Config(
-        create_app(host, lifecycle), lifespan="off", access_log=False, log_config=None, server_header=False, ws="none"
+        create_app(host, lifecycle),
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_S,
     )
     server = Uvicorn(config)
     stop = asyncio.Event()
@@ -68,10 +77,8 @@ async def serve(source: Package | Channel, settings: Settings, sock: socket.sock
         lifecycle.draining = True
         model.cancel()
         stopping.cancel()
+        await host.stop()  # streams that outlasted the drain end here, with an error event that says so
         server.should_exit = True
-        if lifecycle.active:
-            server.force_exit = True
-        await host.stop()
         await asyncio.gather(web, model, stopping, return_exceptions=True)
     return 1 if cut else 0
 

@@ -115,7 +115,7 @@ def text_of(answer: list[str]) -> str:
     return "".join(json.loads(event)["choices"][0]["text"] for event in answer[:-1])
 
 
-def test_a_drain_is_bounded_and_a_second_signal_ends_it(tiny: Path, start_server) -> None:
+def test_a_second_signal_ends_a_drain(tiny: Path, start_server) -> None:
     server = start_server(tiny, "--drain-s", "60").wait_ready()
     engine = server.engine()
     engine.suspend()  # a stream that would never end
@@ -128,6 +128,18 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_it(tiny: Path, start_server
         assert server.wait() == 1
         assert isinstance(stream.exception(), httpx.HTTPError)
     engine.wait(timeout=30)
+
+
+def test_a_stream_that_outlasts_the_drain_is_told(tiny: Path, start_server) -> None:
+    server = start_server(tiny, "--drain-s", "0.5").wait_ready()
+    server.engine().suspend()
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(events, server, {"model": "tiny", **LONG})
+        server.wait_until(lambda: server.metric("slipway_serve_requests_in_flight") == 1, "the stream")
+        server.terminate()
+        assert "interrupted" in stream.result()[-1]
+    assert server.wait() == 1
+    assert server.events("drained")[0]["cut"] == 1
 
 
 def test_an_engine_that_dies_ends_its_streams_and_the_server(tiny: Path, start_server) -> None:
