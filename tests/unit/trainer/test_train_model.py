@@ -98,7 +98,7 @@ def test_rotary_scores_depend_on_distance_alone(shift, first, second):
 
 def test_an_untrained_model_knows_nothing_and_a_trained_one_its_text():
     torch.manual_seed(0)
-    config = ModelConfig(layers=2, hidden=32, heads=2, kv_heads=1, ffn=64, max_context=32)
+    config = ModelConfig(layers=2, hidden=32, heads=2, kv_heads=1, ffn=64, max_context=32, tied_embeddings=False)
     model = Decoder(config, vocab_size=64)
     tokens = torch.randint(0, 64, (2, 33))
     assert model(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(64), abs=1.0)

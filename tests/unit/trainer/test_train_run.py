@@ -166,6 +166,7 @@ def test_the_launcher_refuses_before_any_rank_starts(dataset, train_yaml, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(two_ranks, dataset, tmp_path):
     short = config_of(**{key: value for key, value in LONG_RUN.items() if key != "checkpoint"})
     train(short, data=dataset, run=tmp_path, stop=StopSignal())
@@ -208,6 +209,7 @@ def two_ranks(dataset, tmp_path_factory) -> Path:
     return directory / "run"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(two_ranks, dataset, train_yaml, tmp_path):
     process = launch(dataset, train_yaml, tmp_path / "run")
     wait_for_step(tmp_path / "run", 45, process)
@@ -219,6 +221,7 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(two_rank
     assert same_weights(tmp_path / "run", two_ranks)
 
 
+@pytest.mark.slow
 def test_sigterm_becomes_a_checkpoint_and_code_75_and_the_next_start_goes_on(two_ranks, dataset, train_yaml, tmp_path):
     process = launch(dataset, train_yaml, tmp_path / "run")
     wait_for_step(tmp_path / "run", 25, process)
