@@ -1,12 +1,9 @@
 """Run the Pulumi program of a stack in this process, under Pulumi's own test runtime, and take down what it declares."""
 
 import asyncio
-import gc
 import json
 import runpy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -46,26 +43,13 @@ def run(stack_file: Path) -> Rendered:
     recorder = _Recorder()
     try:
         # One event loop for all: Pulumi's futures belong to the loop that is current when they are made.
-        with _without_collecting():
-            asyncio.run(_run(recorder, stack=stack, config=values))
+        asyncio.run(_run(recorder, stack=stack, config=values))
     except pulumi.RunError as error:
         raise error.__cause__ or error from None
     manifests = sorted(recorder.manifests, key=_order)
     _refuse_twins(manifests)
     images = sorted(recorder.images, key=lambda image: image["dockerfile"])
     return Rendered(manifests=tuple(manifests), outputs=recorder.outputs, images=tuple(images))
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """No garbage collection: importing Pulumi's typed resources makes a million objects to keep, and walks over them cost 15 %."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 async def _run(recorder: "_Recorder", *, stack: str, config: dict[str, str]) -> None:
