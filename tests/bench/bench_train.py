@@ -8,6 +8,7 @@ turns' ratios counts, because a mean would count the other programs of the machi
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.config import TrainConfig
-from trainer.data import Cursor, TokenStream
-from trainer.errors import StopSignal
-from trainer.model import Decoder
-from trainer.optim import learning_rate, make_optimizer
-from trainer.parallel import Ranks
-from trainer.train import make_deterministic, train_step
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from trainer.config import TrainConfig  # noqa: E402
+from trainer.data import Cursor, TokenStream  # noqa: E402
+from trainer.errors import StopSignal  # noqa: E402
+from trainer.model import Decoder  # noqa: E402
+from trainer.optim import learning_rate, make_optimizer  # noqa: E402
+from trainer.parallel import Ranks  # noqa: E402
+from trainer.train import make_deterministic, train_step  # noqa: E402
 
 VOCAB = 2048
 TURN_STEPS = 12
@@ -92,7 +96,7 @@ def transformers_turn(cursor: Cursor) -> Callable[[], float]:
 
     def turn() -> float:
         arguments = TrainingArguments(
-            output_dir="build/bench/transformers",
+            output_dir=str(ROOT / "build" / "bench" / "transformers"),
             per_device_train_batch_size=2,
             max_steps=TURN_STEPS,
             learning_rate=CONFIG.optim.lr,
@@ -129,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     make_deterministic(0)
-    out = Path("build/bench")
+    out = ROOT / "build" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     shard = out / "train-00000.bin"
     np.random.default_rng(0).integers(0, VOCAB, 400_000).astype("<u2").tofile(shard)
