@@ -1,5 +1,6 @@
 """`slipway local`: run a stack's rendered manifests as processes of this machine."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -121,6 +122,7 @@ def logs(
 
 def _run(manifests: Path, state: Path) -> client.Status:
     """Bring the manifests up, drawing what happens. Returns the settled status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: back only when nothing is left
     with closing(client.up(manifests, state)) as events, Board(people) as board:
         for event in events:
             if event.type == "log" and event.event:

@@ -65,7 +65,7 @@ class LogLine:
     text: str
 
 
-def up(manifests_dir: Path, state_dir: Path) -> Iterator[Event]:
+def up(manifests_dir: Path, state_dir: Path) -> Generator[Event]:
     """Run the manifests, and tell of the progress until every Job is complete and every Deployment ready.
 
     Then they keep running without the caller. When the iteration ends earlier (Ctrl-C, `close()`, the caller's death),

@@ -31,6 +31,15 @@ def _refuse_twins(kind: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
+def _refuse_taken(names: Iterable[str]) -> None:
+    """Names of services become names of objects, some of which the platform itself makes."""
+    for name in names:
+        if name == "router" or name.endswith("-pods") or name.startswith("keep-"):
+            raise ValueError(
+                f"a service cannot be called {name!r}: the platform makes an object of that name; choose another"
+            )
+
+
 class Stack(Spec):
     platform: Platform
     """Where it runs."""
@@ -61,6 +70,7 @@ class Stack(Spec):
     def _names_exist(self) -> Self:
         _refuse_twins("node pools", (pool.name for pool in self.node_pools))
         _refuse_twins("services", (service.name for service in self.services))
+        _refuse_taken(service.name for service in self.services)
         pools = [pool.name for pool in self.node_pools]
         users = [("training", self.training.pool)] if self.training else []
         users += [(f"services.{service.name}", service.pool) for service in self.services]

@@ -137,7 +137,8 @@ def make_project(folder: Path) -> Project:
     shutil.copytree(ROOT / "stacks", folder / "stacks", ignore=shutil.ignore_patterns("Pulumi.*", "__pycache__"))
     shutil.copy(ROOT / "Pulumi.yaml", folder)
     (folder / "corpus").mkdir()
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "home", "to", "sleep", "near", "warm", "fire", "while", "rain", "falls"]
+    sentence = "the quick brown fox jumps over a lazy dog and runs home to sleep near warm fire while rain falls"
+    words = sentence.split()
     for n in range(30):
         text = " ".join(words[(i * i + n * 3 + i // 5) % len(words)] for i in range(600))
         (folder / "corpus" / f"{n}.txt").write_text(text)
