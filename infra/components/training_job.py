@@ -105,6 +105,7 @@ class TrainingJob(pulumi.ComponentResource):
             mounts=[CONFIG_MOUNT, DATA.mount, RUNS.mount, core.VolumeMountArgs(name="shm", mount_path="/dev/shm")],  # noqa: S108
             ports={"rdzv": RENDEZVOUS_PORT, "metrics": METRICS_PORT},
             variables=env(
+                METRICS_HOST="0.0.0.0",  # noqa: S104 - Prometheus scrapes it; a NetworkPolicy says who may
                 RDZV_ENDPOINT=f"{self.job_name}-0.{self.job_name}:{RENDEZVOUS_PORT}",
                 # The pod's CPUs are shared out among its ranks.
                 OMP_NUM_THREADS=str(max(1, int(args.resources.cpus / args.ranks_per_node))),
