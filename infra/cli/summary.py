@@ -13,6 +13,7 @@ from rich.text import Text
 
 BASELINES = {"unigram": "unigram", "trigram": "trigram, interpolated", "kneser_ney_5": "5-gram, Kneser–Ney"}
 ANSWER_S = 60.0
+CURVE_WIDTH, CURVE_HEIGHT = 76, 14
 
 
 @dataclass
@@ -57,15 +58,26 @@ def show_curve(outcome: Outcome, *, console: Console) -> None:
     """Training loss by step, in characters, and where the picture is."""
     if len(outcome.curve) < 2:
         return
-    steps = sorted(outcome.curve)
+    points = _smooth(outcome.curve, bins=2 * CURVE_WIDTH)
+    last = max(outcome.curve)
+    ticks = [last * part // 4 for part in range(1, 5)]
     figure = cast(Any, plotext).figure
     figure.clear()
-    figure.plot_size(min(console.width, 76), 14)
+    figure.plot_size(min(console.width, CURVE_WIDTH), CURVE_HEIGHT)
     figure.title("training loss (nats per token) by step")
-    figure.draw(figure.signal(steps, [outcome.curve[step] for step in steps], marker="braille"))
+    figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])
+    figure.draw(figure.signal([step for step, _ in points], [loss for _, loss in points], marker="braille"))
     console.print(Text(figure.build().string(colorless=True).rstrip(), style="cyan"))
     if "plot" in outcome.artifacts:
         console.print(Text(f"picture: {outcome.artifacts['plot']}", style="dim"))
+
+
+def _smooth(curve: Mapping[int, float], *, bins: int) -> list[tuple[float, float]]:
+    """Mean step and mean loss of at most `bins` runs of steps: as many points as a terminal has room for."""
+    steps = sorted(curve)
+    each = -(-len(steps) // bins)
+    runs = [steps[at : at + each] for at in range(0, len(steps), each)]
+    return [(sum(run) / len(run), sum(curve[step] for step in run) / len(run)) for run in runs]
 
 
 def show_evaluation(outcome: Outcome, *, console: Console) -> None:
@@ -84,7 +96,7 @@ def show_evaluation(outcome: Outcome, *, console: Console) -> None:
 
 def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, console: Console) -> None:
     """Ask the endpoint and show the answer as it comes. Raises httpx.HTTPError when it does not answer."""
-    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0.6, "seed": 1, "stream": True}
     console.print(Text(prompt, style="dim"), end="")
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=ANSWER_S) as response:
         if response.status_code != 200:
