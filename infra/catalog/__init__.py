@@ -29,6 +29,14 @@ class Gpu:
     """Memory bandwidth, GB/s."""
     intra_gbps: float
     """Bandwidth one way between GPUs of a node, GB/s."""
+    tflops_fp8: float | None = None
+    """Dense fp8 TFLOP/s; None: the GPU computes in bf16 whatever the weights are."""
+    tdp_w: float = 400.0
+    """Board power, watts."""
+    nic_gbps: float = 12.5
+    """Bandwidth one way to other nodes for each GPU, GB/s, where no instance says otherwise."""
+    architecture: str = "ampere"
+    """What the kernels' efficiency goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)

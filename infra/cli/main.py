@@ -11,6 +11,7 @@ import typer
 
 from infra.checks import Refused, check
 from infra.cli import local
+from infra.cli.estimate import estimate
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
 from infra.cli.reference import reference
 from infra.cli.show import show_findings, show_plan
@@ -27,6 +28,7 @@ app = typer.Typer(
     epilog="Start with [bold]slipway plan[/], then [bold]slipway local up[/].",
 )
 app.add_typer(local.app, name="local")
+app.command()(estimate)
 
 
 @app.command()

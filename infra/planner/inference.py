@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from infra.catalog import Instance, gpu
 from infra.planner.estimate import GIB, Estimate, total
-from infra.planner.shape import kv_bytes_per_token, parameters
+from infra.planner.shape import Shape
 from infra.spec import Service, Training
 
 # One measured cold start, split: engine start and bootstrap, and reading weights (a 5.6 GB image and package over the network).
@@ -44,8 +44,9 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
     weights, kv_tokens, length = None, None, service.max_model_len
     if training:
         width = value_bytes(service, on_gpu=instance.gpu is not None)
-        weights = parameters(training.model, vocab_size=training.data.vocab_size) * width
-        kv_tokens = int(service.kv_gib * GIB // kv_bytes_per_token(training.model, bytes_per_value=width))
+        shape = Shape.of(training.model, vocab_size=training.data.vocab_size)
+        weights = shape.parameters * width
+        kv_tokens = int(service.kv_gib * GIB // shape.kv_bytes_per_token(bytes_per_value=width))
         length = service.max_model_len or training.model.max_context
     return ServicePlan(
         name=service.name,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from infra.catalog import Instance, gpu
 from infra.planner.estimate import GIB, Estimate, total
-from infra.planner.shape import flops_per_token, parameters
+from infra.planner.shape import Shape
 from infra.spec import NodePool, Training
 
 STATE_BYTES = 16
@@ -53,7 +53,7 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         name=training.name,
         pool=pool.name,
         ranks=ranks,
-        parameters=parameters(training.model, vocab_size=training.data.vocab_size),
+        parameters=Shape.of(training.model, vocab_size=training.data.vocab_size).parameters,
         tokens=tokens,
         memory=memory(training, on_gpu=instance.gpu is not None),
         memory_limit_gib=memory_limit_gib(training, instance=instance),
@@ -73,7 +73,7 @@ def memory(training: Training, *, on_gpu: bool) -> Estimate:
     model, wide = training.model, 2 if on_gpu else 4
     tokens = training.micro_batch * training.seq
     layer = tokens * model.hidden * (18 + 4 * model.ffn / model.hidden) * wide / 2
-    n = parameters(model, vocab_size=training.data.vocab_size)
+    n = Shape.of(model, vocab_size=training.data.vocab_size).parameters
     return total(
         "GiB",
         {
@@ -97,7 +97,7 @@ def memory_limit_gib(training: Training, *, instance: Instance) -> float:
 
 
 def _speed(training: Training, *, instance: Instance, ranks: int) -> tuple[float, float | None, str]:
-    flops = flops_per_token(training.model, vocab_size=training.data.vocab_size, seq=training.seq)
+    flops = Shape.of(training.model, vocab_size=training.data.vocab_size).flops_per_token(seq=training.seq)
     if instance.gpu is not None:
         rate = ranks * gpu(instance.gpu).tflops_bf16 * 1e12 * GPU_EFFICIENCY
         return rate / flops, GPU_EFFICIENCY, f"{GPU_EFFICIENCY:.0%} of dense bf16 peak"

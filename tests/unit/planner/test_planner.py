@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from infra.catalog import gpus, instance, instances
 from infra.planner import plan, to_json
-from infra.planner.shape import kv_bytes_per_token, parameters
+from infra.planner.shape import Shape
 from infra.planner.training import memory
 from infra.spec import ModelShape, Training, load
 
@@ -61,12 +61,12 @@ PROD = load(ROOT / "stacks" / "Pulumi.prod.yaml")
     ],
 )
 def test_parameters_are_those_published(shape, vocab_size, expected) -> None:
-    assert parameters(ModelShape(**shape), vocab_size=vocab_size) == expected
+    assert Shape.of(ModelShape(**shape), vocab_size=vocab_size).parameters == expected
 
 
 def test_kv_bytes_of_llama3_8b() -> None:
     shape = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, max_context=8192)
-    assert kv_bytes_per_token(shape, bytes_per_value=2) == 128 * 1024
+    assert Shape.of(shape, vocab_size=128256).kv_bytes_per_token(bytes_per_value=2) == 128 * 1024
 
 
 def test_parts_add_up_and_every_stack_can_be_planned(stack_path: Path) -> None:

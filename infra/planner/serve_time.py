@@ -1,0 +1,88 @@
+"""Time of a server's forward passes: decoding, prefill, and the two mixed at saturation.
+
+A decoding step reads all weights and every sequence's cache once, multiplies for each sequence, and pays a latency for each layer's
+kernels and all-reduces: time = max(weights/(bandwidth·η), FLOPs/rate) + cache/(bandwidth·η) + L·(kernels + 2·all-reduce).
+"""
+
+from dataclasses import dataclass
+
+from infra.catalog import Gpu
+from infra.planner.collectives import Group, collective_s
+from infra.planner.kernels import power_share
+from infra.planner.serve_memory import Format, streamed_bytes
+from infra.planner.shape import Shape
+
+STREAM_SHARE = {"fp32": 0.80, "bf16": 0.80, "fp8": 0.75, "int8": 0.66, "int4": 0.50}
+"""Share of bandwidth at which matrix-vector products read weights: 0.8 where the format feeds the tensor cores, less where each
+weight is first widened (gpt-fast's own int8 and int4 kernels)."""
+
+CACHE_SHARE = 0.80
+"""Share of bandwidth at which paged attention reads the cache."""
+
+KERNELS_PER_LAYER, KERNEL_S = 9, 5e-6
+"""Kernels of a decoding layer under CUDA graphs, and what each costs beyond its bytes: start, tail, dependency."""
+
+COMPUTE_SHARE = {"bf16": 0.62, "fp8": 0.46}
+"""Share of peak that prefill and large decoding batches multiply at (2·N FLOPs a token)."""
+
+SCHEDULER_S = 0.5e-3
+"""Host time between two steps of a server that overlaps little: sampling, block tables, detokenising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """One replica's model and GPUs."""
+
+    shape: Shape
+    gpu: Gpu
+    form: Format
+    tp: int = 1
+    pp: int = 1
+    kv_bytes: float = 2
+    node: int = 8
+
+    @property
+    def flops_per_s(self) -> float:
+        """FLOP/s that one GPU multiplies at in prefill."""
+        if self.form.name == "fp8" and self.gpu.tflops_fp8:
+            return self.gpu.tflops_fp8 * 1e12 * COMPUTE_SHARE["fp8"]
+        return self.gpu.tflops_bf16 * 1e12 * COMPUTE_SHARE["bf16"]
+
+    def mixed_s(self, *, decoding: float, context: float, prefill: float = 0.0, prefill_context: float = 0.0) -> float:
+        """Seconds of one forward pass: `decoding` sequences of `context` tokens and `prefill` prompt tokens with
+        `prefill_context` tokens before each on the mean."""
+        shape, gpu, bandwidth = self.shape, self.gpu, self.gpu.bandwidth_gbps * 1e9
+        tokens = decoding + prefill
+        weights = streamed_bytes(shape, form=self.form, tp=self.tp) / (bandwidth * STREAM_SHARE[self.form.name])
+        multiply = 2 * shape.matmul_parameters * tokens / self.tp / (self.flops_per_s * power_share(gpu))
+        cached = decoding * context * shape.kv_bytes_per_token(bytes_per_value=self.kv_bytes, tp=self.tp)
+        scores = 4 * shape.layers * shape.q_width * prefill * prefill_context / self.tp
+        attention = cached / (bandwidth * CACHE_SHARE) + scores / (gpu.tflops_bf16 * 1e12 * 0.4)
+        latency = shape.layers * (KERNELS_PER_LAYER * KERNEL_S + 2 * self._all_reduce_s(tokens))
+        return max(weights, multiply) + attention + latency + self._hops_s(tokens)
+
+    def _all_reduce_s(self, tokens: float) -> float:
+        message = 2 * tokens * self.shape.hidden
+        group = Group(size=self.tp, node=self.node)
+        return collective_s("all_reduce", message_bytes=message, gpu=self.gpu, group=group)
+
+    def _hops_s(self, tokens: float) -> float:
+        message = 2 * tokens * self.shape.hidden / self.tp
+        group = Group(size=2, stride=self.tp, node=self.node)
+        return (self.pp - 1) * collective_s("send", message_bytes=message, gpu=self.gpu, group=group)
+
+    def decode_s(self, *, batch: float = 1, context: float = 0) -> float:
+        """Seconds until each of `batch` sequences has its next token."""
+        return self.mixed_s(decoding=batch, context=context)
+
+    def prefill_s(self, *, tokens: float) -> float:
+        """Seconds of one prompt's forward pass."""
+        return self.mixed_s(decoding=0, context=0, prefill=tokens, prefill_context=tokens / 2)
+
+    def saturated_tokens_per_s(self, *, prompt: float, output: float, cache_tokens: float, most: int = 2048) -> float:
+        """Output tokens a second of the replica with work always waiting: the batch fills the cache, and in each step as many
+        prompt tokens are prefilled as sequences end."""
+        batch = max(min(cache_tokens / (prompt + output), most), 1)
+        arriving = batch * prompt / output
+        step = self.mixed_s(decoding=batch, context=prompt + output / 2, prefill=arriving, prefill_context=prompt / 2)
+        return batch / (step + SCHEDULER_S)
