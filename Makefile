@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= [trainer,serving]
 BIN := .venv/bin
 # uv reads no pip configuration: hand it the index that pip was given, if any.
-INSTALL = $(BIN)/uv pip install --python $(BIN)/python $${PIP_INDEX_URL:+--default-index "$$PIP_INDEX_URL"} -c constraints.txt
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python $${PIP_INDEX_URL:+--default-index "$$PIP_INDEX_URL"} -c constraints.txt --compile-bytecode
 
 .PHONY: help up down clean test e2e bench lint format constraints
 .DEFAULT_GOAL := help

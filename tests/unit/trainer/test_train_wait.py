@@ -29,7 +29,8 @@ def test_it_ends_once_all_paths_are_there(tmp_path: Path) -> None:
     time.sleep(1)
     assert waiting.poll() is None
     second.touch()
-    assert waiting.communicate(timeout=30) and waiting.returncode == 0
+    waiting.communicate(timeout=30)
+    assert waiting.returncode == 0
 
 
 def test_a_timeout_names_what_is_missing(tmp_path: Path) -> None:
