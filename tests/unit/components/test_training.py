@@ -106,7 +106,7 @@ def test_config_files_hold_what_the_trainer_reads_and_no_paths(local: Objects) -
 
     assert config("data", "data.yaml") == {
         "source": {"kind": "python-stdlib"},
-        "vocab_size": 1024,
+        "vocab_size": 2048,
         "held_out": 0.05,
         "seed": 0,
     }

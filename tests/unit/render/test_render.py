@@ -98,7 +98,7 @@ def test_a_refused_stack_is_not_written(changed: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"services.0.name": "router"}, "rename"),
+        ({"services.0.name": "router"}, "choose another"),
         ({"node_pools.0.capacity": ["on-demand", "spot"]}, "Karpenter takes spot first"),
     ],
 )
