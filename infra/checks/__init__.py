@@ -1,36 +1,104 @@
 """Pure functions from spec × plan to findings, one function a rule. Imports neither Pulumi nor torch."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 
-from infra.checks.capacity import gang_fits_pool, ranks_match_gpus, replicas_fit_pool
-from infra.checks.cost import within_budget
-from infra.checks.finding import Finding, Refused
+from infra.checks.autoscaling import metric_is_scraped, scaling_down_waits, target_can_be_reached
+from infra.checks.capacity import gang_fits_pool, pod_fits_node, ranks_match_gpus, replicas_fit_pool
+from infra.checks.cost import gpus_are_used, pools_are_used, within_budget
+from infra.checks.finding import Finding, Patch, Refused
 from infra.checks.memory import context_fits_cache, replica_fits, training_fits
-from infra.checks.scheduling import batch_divides, clouds_agree, volumes_are_shared
+from infra.checks.rollout import (
+    checkpoints_are_worth_it,
+    drain_fits_notice,
+    load_time_is_enough,
+    nothing_hangs_on_one_pod,
+    surge_has_room,
+)
+from infra.checks.scheduling import (
+    batch_divides,
+    capacity_can_be_ordered,
+    clouds_agree,
+    gpus_are_asked_for,
+    services_have_a_model,
+    volumes_are_shared,
+)
+from infra.checks.security import images_are_pinned, network_is_closed, stores_can_be_opened
+from infra.checks.sharing import pool_holds_all, quota_holds_all
+from infra.checks.volumes import checkpoints_fit, packages_fit
 from infra.planner import Plan
-from infra.spec import Stack
+from infra.spec import Severity, Stack
 
 Check = Callable[[Stack, Plan], Iterator[Finding]]
 
+
+def severities_name_codes(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW001: a severity for a code that does not exist would be silently without effect."""
+    for code in stack.checks:
+        if code not in CODES:
+            near = get_close_matches(code, CODES, n=3, cutoff=0.6)
+            yield Finding(
+                code="SLW001",
+                severity="error",
+                where=f"checks.{code}",
+                message="there is no finding of this code",
+                fix=f"the nearest are {', '.join(near)}" if near else "docs/checks.md lists them",
+            )
+
+
 CHECKS: tuple[Check, ...] = (
+    severities_name_codes,
     gang_fits_pool,
     ranks_match_gpus,
     replicas_fit_pool,
+    pod_fits_node,
+    pool_holds_all,
+    quota_holds_all,
     training_fits,
     replica_fits,
     context_fits_cache,
+    checkpoints_fit,
+    packages_fit,
     batch_divides,
     volumes_are_shared,
     clouds_agree,
+    services_have_a_model,
+    capacity_can_be_ordered,
+    gpus_are_asked_for,
+    metric_is_scraped,
+    target_can_be_reached,
+    scaling_down_waits,
+    load_time_is_enough,
+    drain_fits_notice,
+    nothing_hangs_on_one_pod,
+    checkpoints_are_worth_it,
+    surge_has_room,
+    network_is_closed,
+    images_are_pinned,
+    stores_can_be_opened,
     within_budget,
+    gpus_are_used,
+    pools_are_used,
 )
+
+CODES: Mapping[str, str] = {
+    code: meaning.strip().rstrip(";.")
+    for rule in CHECKS
+    for code, meaning in re.findall(r"(SLW\d{3}): ((?:(?!SLW\d{3}: ).)+)", " ".join((rule.__doc__ or "").split()))
+}
+"""What each code means, as its rule's docstring says it: `CODE: MEANING`."""
 
 
 def check(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
     """All findings, errors first, with the severities that the stack's `checks` sets."""
-    found = [finding for rule in CHECKS for finding in rule(stack, plan)]
-    wanted = [(finding, stack.checks.get(finding.code, finding.severity)) for finding in found]
+    return graded([finding for rule in CHECKS for finding in rule(stack, plan)], stack.checks)
+
+
+def graded(findings: list[Finding], severities: Mapping[str, Severity]) -> tuple[Finding, ...]:
+    """Findings with the severities that were asked for, errors first; what is `off` is left out."""
+    wanted = [(finding, severities.get(finding.code, finding.severity)) for finding in findings]
     kept = [replace(finding, severity=severity) for finding, severity in wanted if severity != "off"]
     return tuple(sorted(kept, key=lambda finding: (finding.severity, finding.code, finding.where)))
 
@@ -43,4 +111,4 @@ def enforce(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
     return findings
 
 
-__all__ = ["CHECKS", "Finding", "Refused", "check", "enforce"]
+__all__ = ["CHECKS", "CODES", "Finding", "Patch", "Refused", "check", "enforce", "graded"]

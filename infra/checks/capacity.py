@@ -1,13 +1,16 @@
-"""SLW1xx: what is asked for against what the pools can ever hold."""
+"""SLW1xx: what one training or service asks for against what its pool can ever hold. What pools are shared for: `sharing`."""
 
 from collections.abc import Iterator
 
-from infra.catalog import instance
-from infra.checks.finding import Finding
+from infra.catalog import Instance, instance, instances
+from infra.checks.demand import Demand, demands, pools
+from infra.checks.finding import Finding, Patch
 from infra.planner import Plan
-from infra.planner.inference import replicas_per_node
 from infra.planner.training import ranks_per_node
-from infra.spec import Stack
+from infra.spec import NodePool, Stack
+
+DAEMONSETS_CPUS, DAEMONSETS_GIB = 0.4, 0.75
+"""What CNI, kube-proxy, CSI, device plugin and exporters ask for on a GPU node of EKS, by their charts' own defaults."""
 
 
 def gang_fits_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
@@ -23,6 +26,7 @@ def gang_fits_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
             where="training.nodes",
             message=f"a gang of {training.nodes} nodes, and pool {pool.name!r} can hold {pool.max_nodes}",
             fix=f"nodes: {pool.max_nodes}, or max_nodes: {training.nodes} for the pool",
+            patch={"training.nodes": pool.max_nodes},
         )
 
 
@@ -42,35 +46,103 @@ def ranks_match_gpus(stack: Stack, _: Plan) -> Iterator[Finding]:
             message=f"{ranks} ranks a node, and {machine.name} has {machine.gpus} GPUs"
             + ("" if too_many else "; the rest idle"),
             fix=f"nproc_per_node: {machine.gpus}, or leave it out",
+            patch={"training.nproc_per_node": machine.gpus},
         )
 
 
 def replicas_fit_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
-    """SLW103: an autoscaler whose most replicas (and the surge of a roll-out) never fit its pool wedges."""
+    """SLW103: an autoscaler whose most replicas never fit its pool wedges; their surge is SLW505's."""
+    of_pool, asked = pools(stack), _demand_of_services(stack)
     for service in stack.services:
-        pool = stack.pool(service.pool)
-        machine = instance(pool.instance)
-        each = replicas_per_node(service, instance=machine)
-        where = f"services.{service.name}"
-        if each == 0:
-            yield Finding(
-                code="SLW104",
-                severity="error",
-                where=f"{where}.resources",
-                message=f"one replica asks for {service.gpus} GPUs, {service.resources.cpus:g} CPUs and "
-                f"{service.resources.memory_gib:g} GiB, and a {machine.name} node has {machine.gpus}, "
-                f"{machine.allocatable_cpus:.1f} and {machine.allocatable_gib:.0f} to give",
-                fix="lower `gpus` or `resources`, or take a larger instance for the pool",
-            )
-            continue
-        wanted = service.most_replicas + (1 if service.surge else 0)
+        pool, machine = of_pool[service.pool]
+        each = asked[service.name].on_one_node(machine)
         room = each * pool.max_nodes
-        if wanted > room:
+        if each and service.most_replicas > room:
+            wanted = asked[service.name].most
+            needed = asked[service.name].nodes(wanted, machine=machine)
+            most = max(room - (1 if service.surge else 0), 1)
+            key = f"services.{service.name}.{'autoscaling.max_replicas' if service.autoscaling else 'replicas'}"
             yield Finding(
                 code="SLW103",
                 severity="error",
-                where=f"{where}.{'autoscaling.max_replicas' if service.autoscaling else 'replicas'}",
-                message=f"{service.most_replicas} replicas{' and one of surge' if service.surge else ''} need {-(-wanted // each)} "
+                where=key,
+                message=f"{service.most_replicas} replicas{' and one of surge' if service.surge else ''} need {needed} "
                 f"nodes, and pool {pool.name!r} can hold {pool.max_nodes} ({each} replicas a node)",
-                fix=f"at most {max(room - (1 if service.surge else 0), 1)} replicas, or max_nodes: {-(-wanted // each)} for the pool",
+                fix=f"at most {most} replicas, or max_nodes: {needed} for the pool",
+                patch={key: most}
+                if not service.autoscaling or most >= service.least_replicas
+                else {f"node_pools.{pool.name}.max_nodes": needed},
             )
+
+
+def pod_fits_node(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW104: a pod that no node of its pool can hold is Pending for ever; one that leaves DaemonSets no room may be."""
+    of_pool = pools(stack)
+    for name, asked in demands(stack).items():
+        pool, machine = of_pool[name]
+        for demand in asked:
+            if demand.user == "training" and demand.gpus > machine.gpus:
+                continue  # SLW102 says it, in ranks
+            if demand.on_one_node(machine) == 0:
+                yield _too_large(demand, pool, machine, cloud=stack.platform.cloud)
+            elif stack.platform.cloud != "local" and _crowds_daemonsets(demand, machine):
+                yield Finding(
+                    code="SLW104",
+                    severity="warn",
+                    where=f"{demand.user}.resources",
+                    message=f"{demand.cpus:g} CPUs and {demand.memory_gib:g} GiB of {machine.allocatable_cpus:.1f} and "
+                    f"{machine.allocatable_gib:.0f} that a {machine.name} node has to give leave DaemonSets no room "
+                    f"(about {DAEMONSETS_CPUS:g} CPUs and {DAEMONSETS_GIB:g} GiB)",
+                    fix="lower `resources` by that",
+                    patch=_resources(demand, machine),
+                )
+
+
+def _too_large(demand: Demand, pool: NodePool, machine: Instance, *, cloud: str) -> Finding:
+    what = "a training pod" if demand.user == "training" else "one replica"
+    patch: Patch | None = None
+    if demand.gpus <= machine.gpus:
+        patch = _resources(demand, machine)
+    elif larger := _holder(demand, machine, cloud=cloud):
+        patch = {f"node_pools.{pool.name}.instance": larger.name}
+    return Finding(
+        code="SLW104",
+        severity="error",
+        where=f"{demand.user}.resources",
+        message=f"{what} asks for {demand.gpus} GPUs, {demand.cpus:g} CPUs and {demand.memory_gib:g} GiB, "
+        f"and a {machine.name} node has {machine.gpus}, {machine.allocatable_cpus:.1f} and "
+        f"{machine.allocatable_gib:.0f} to give",
+        fix="lower `gpus` or `resources`, or take a larger instance for the pool",
+        patch=patch,
+    )
+
+
+def _crowds_daemonsets(demand: Demand, machine: Instance) -> bool:
+    return (
+        demand.cpus > machine.allocatable_cpus - DAEMONSETS_CPUS
+        or demand.memory_gib > machine.allocatable_gib - DAEMONSETS_GIB
+    )
+
+
+def _resources(demand: Demand, machine: Instance) -> Patch | None:
+    """What a node has to give, in quarters of a CPU and whole GiB; None where so little is left that no pod would run."""
+    cpus = int(4 * min(demand.cpus, machine.allocatable_cpus - DAEMONSETS_CPUS)) / 4
+    memory_gib = int(min(demand.memory_gib, machine.allocatable_gib - DAEMONSETS_GIB))
+    if cpus <= 0 or memory_gib <= 0:
+        return None
+    return {f"{demand.user}.resources.cpus": cpus, f"{demand.user}.resources.memory_gib": memory_gib}
+
+
+def _holder(demand: Demand, machine: Instance, *, cloud: str) -> Instance | None:
+    """The cheapest instance with the same GPU that holds the pod."""
+    fits = [
+        i
+        for i in instances().values()
+        if i.cloud == cloud and i.gpu == machine.gpu and i.price is not None and demand.on_one_node(i)
+    ]
+    return min(fits, key=lambda i: (i.price or 0, i.name), default=None)
+
+
+def _demand_of_services(stack: Stack) -> dict[str, Demand]:
+    found = demands(stack)
+    return {demand.user.removeprefix("services."): demand for asked in found.values() for demand in asked}

@@ -1,10 +1,14 @@
 """SLW2xx: what must fit into memory, with a margin."""
 
 from collections.abc import Iterator
+from math import floor
 
-from infra.checks.finding import Finding
-from infra.planner import Plan
-from infra.spec import Stack
+from infra.catalog import instance
+from infra.checks.finding import Finding, Patch
+from infra.planner import Plan, ServicePlan
+from infra.planner import plan as make_plan
+from infra.planner.training import ranks_per_node
+from infra.spec import Stack, Training
 
 MARGIN = 0.95
 """Share of a memory that an estimate may fill: what the estimates err by, and what allocators lose."""
@@ -16,32 +20,40 @@ def training_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
     if run is None or stack.training is None or run.memory.value <= MARGIN * run.memory_limit_gib:
         return
     largest = max(run.memory.parts, key=lambda part: run.memory.parts[part])
+    fits = _largest_micro_batch(stack, stack.training)
     yield Finding(
         code="SLW201",
         severity="error",
         where="training.micro_batch",
         message=f"a rank needs about {run.memory.value:.1f} GiB and may use {MARGIN:.0%} of {run.memory_limit_gib:.1f}; "
         f"the most goes to {largest} ({run.memory.parts[largest]:.1f} GiB)",
-        fix=f"micro_batch: {max(stack.training.micro_batch // 2, 1)}, a smaller model, or an instance with more memory",
+        fix=f"micro_batch: {fits}, which is the same training in smaller bites"
+        if fits
+        else "a smaller model, a shorter seq, or an instance with more memory: not even micro_batch: 1 fits",
+        patch={"training.micro_batch": fits} if fits else None,
     )
 
 
-def replica_fits(_: Stack, plan: Plan) -> Iterator[Finding]:
+def replica_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
     """SLW202: weights, KV cache and runtime of one replica against its memory."""
+    declared = {service.name: service for service in stack.services}
     for service in plan.services:
         if service.memory and service.memory.value > MARGIN * service.memory_limit_gib:
-            spare = MARGIN * service.memory_limit_gib - (service.memory.value - service.memory.parts["KV cache"])
+            cache = declared[service.name].kv_gib
+            spare = floor(10 * (MARGIN * service.memory_limit_gib - (service.memory.value - cache))) / 10
             yield Finding(
                 code="SLW202",
                 severity="error",
                 where=f"services.{service.name}.kv_gib",
                 message=f"a replica needs about {service.memory.value:.1f} GiB and may use {MARGIN:.0%} of {service.memory_limit_gib:.1f}",
                 fix=f"kv_gib: {spare:.1f}" if spare > 0 else "more memory: the weights alone do not fit",
+                patch={f"services.{service.name}.kv_gib": spare} if spare > 0 else None,
             )
 
 
 def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
     """SLW203: a request of the full context must fit the KV cache; SLW204: and the model's positions."""
+    declared = {service.name: service for service in stack.services}
     for service in plan.services:
         if service.concurrency is not None and service.concurrency < 1:
             yield Finding(
@@ -50,6 +62,7 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 where=f"services.{service.name}.kv_gib",
                 message=f"the KV cache holds {service.kv_tokens} tokens, and one request may have {service.max_model_len}",
                 fix=f"max_model_len: {service.kv_tokens}, or a larger kv_gib",
+                patch=_room_for_context(service, kv_gib=declared[service.name].kv_gib),
             )
     for spec in stack.services:
         made_by = stack.trains(spec)
@@ -60,4 +73,34 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 where=f"services.{spec.name}.max_model_len",
                 message=f"max_model_len {spec.max_model_len} is above the model's {made_by.model.max_context} positions",
                 fix=f"max_model_len: {made_by.model.max_context}, or leave it out",
+                patch={f"services.{spec.name}.max_model_len": made_by.model.max_context},
             )
+
+
+def _room_for_context(service: ServicePlan, *, kv_gib: float) -> Patch | None:
+    """A cache of one whole context where there is memory for it; else the context that the cache holds."""
+    assert service.kv_tokens is not None
+    assert service.max_model_len is not None
+    if service.kv_tokens and service.memory:
+        wanted = floor(1000 * kv_gib * service.max_model_len / service.kv_tokens + 2) / 1000
+        if service.memory.value - kv_gib + wanted <= MARGIN * service.memory_limit_gib:
+            return {f"services.{service.name}.kv_gib": wanted}
+    return {f"services.{service.name}.max_model_len": service.kv_tokens} if service.kv_tokens else None
+
+
+def _largest_micro_batch(stack: Stack, training: Training) -> int | None:
+    """The most sequences at once that fit and divide `global_batch`; memory grows with them, so halves are searched."""
+    ranks = training.nodes * ranks_per_node(training, instance(stack.pool(training.pool).instance))
+    each = training.global_batch // ranks if training.global_batch % ranks == 0 else None
+    sizes = [n for n in range(1, min(training.micro_batch, 4096)) if each is None or each % n == 0]
+
+    def fits(micro_batch: int) -> bool:
+        smaller = training.model_copy(update={"micro_batch": micro_batch})
+        run = make_plan(stack.model_copy(update={"training": smaller, "services": ()})).training
+        return run is not None and run.memory.value <= MARGIN * run.memory_limit_gib
+
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low - 1] if low else None

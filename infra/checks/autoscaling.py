@@ -1,0 +1,70 @@
+"""SLW4xx: a metric that is emitted, scraped and can reach its target; windows longer than what they wait for."""
+
+from collections.abc import Iterator
+
+from infra.checks.finding import Finding
+from infra.planner import Plan
+from infra.spec import Service, Stack
+
+HEADROOM = 0.75
+"""Share of what decodes together at which scaling should begin: a replica more takes its load time to come."""
+
+
+def metric_is_scraped(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW401: an autoscaler whose metric nobody scrapes never scales. The network policies let nobody else scrape either."""
+    closed = stack.tenancy.network_policies
+    for service in stack.services:
+        if service.autoscaling and not stack.monitoring.enabled:
+            yield Finding(
+                code="SLW401",
+                severity="error" if closed else "warn",
+                where=f"services.{service.name}.autoscaling",
+                message="scales on slipway_serve_requests_in_flight, and monitoring.enabled is false: nothing scrapes it"
+                + (", and the network policies let nothing else scrape" if closed else ""),
+                fix="monitoring.enabled: true, or a fixed number of replicas",
+                patch={"monitoring.enabled": True},
+            )
+
+
+def target_can_be_reached(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW402: a target that in-flight requests cannot pass never fires; one above what decodes together fires when there is a queue."""
+    for service in stack.services:
+        scaling = service.autoscaling
+        if scaling is None or scaling.target_in_flight <= service.max_num_seqs:
+            continue
+        # Each waiting request has a prompt of a token at least, and what is above the queue's limit gets 429.
+        ceiling = service.max_num_seqs + service.max_queued_tokens
+        never = scaling.target_in_flight >= ceiling
+        wanted = max(int(HEADROOM * service.max_num_seqs), 1)
+        yield Finding(
+            code="SLW402",
+            severity="error" if never else "warn",
+            where=f"services.{service.name}.autoscaling.target_in_flight",
+            message=f"target {scaling.target_in_flight:g}, and a replica holds at most {ceiling} requests: it never scales"
+            if never
+            else f"target {scaling.target_in_flight:g}, and a replica decodes {service.max_num_seqs} at once: "
+            f"{scaling.target_in_flight - service.max_num_seqs:g} always wait before another one is started",
+            fix=f"target_in_flight: {wanted}, or a larger max_num_seqs",
+            patch={f"services.{service.name}.autoscaling.target_in_flight": wanted},
+        )
+
+
+def scaling_down_waits(stack: Stack, plan: Plan) -> Iterator[Finding]:
+    """SLW403: a replica that is taken away faster than it loads is missed by the next burst, and loads again."""
+    load_s = {service.name: service.load_s for service in plan.services}
+    for service in stack.services:
+        if _scales(service) and service.autoscaling and service.autoscaling.scale_down_after_s < load_s[service.name]:
+            wanted = 60 * -(-2 * load_s[service.name] // 60)
+            yield Finding(
+                code="SLW403",
+                severity="warn",
+                where=f"services.{service.name}.autoscaling.scale_down_after_s",
+                message=f"replicas go after {service.autoscaling.scale_down_after_s} quiet seconds, and one takes about "
+                f"{load_s[service.name]} s to load: load that comes and goes finds none",
+                fix=f"scale_down_after_s: {wanted}",
+                patch={f"services.{service.name}.autoscaling.scale_down_after_s": wanted},
+            )
+
+
+def _scales(service: Service) -> bool:
+    return service.least_replicas < service.most_replicas

@@ -1,0 +1,143 @@
+"""SLW5xx: starts, roll-outs and interruptions that lose nothing."""
+
+from collections.abc import Iterator
+
+from infra.catalog import instance
+from infra.checks.demand import demands, pools
+from infra.checks.finding import Finding, Patch
+from infra.planner import Plan
+from infra.planner import plan as make_plan
+from infra.spec import Service, Stack
+
+START_S = 60
+"""What the startup probe and the roll-out's deadline add to twice `load_s`."""
+NOTICE_S = {"aws": 120, "gcp": 30, "azure": 30}
+"""Seconds between a spot interruption's notice and the end of the node, by the clouds' documentation."""
+LEAVING_S = 15
+"""preStop before the drain, and the server's exit after it."""
+WORTH_SAVING_H = 1.0
+"""Hours of a gang's work that an interruption may lose before it is said."""
+
+
+def load_time_is_enough(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW501: a declared `load_s` far below the estimate: probes and the roll-out give up on a server that is still loading."""
+    declared = [service for service in stack.services if service.load_s is not None]
+    if not declared:
+        return
+    undeclared = tuple(service.model_copy(update={"load_s": None}) for service in declared)
+    estimates = make_plan(stack.model_copy(update={"services": undeclared})).services
+    for service, estimate in zip(declared, estimates, strict=True):
+        assert service.load_s is not None
+        if START_S + 2 * service.load_s < estimate.load_s:
+            yield Finding(
+                code="SLW501",
+                severity="warn",
+                where=f"services.{service.name}.load_s",
+                message=f"load_s {service.load_s} gives a start {START_S + 2 * service.load_s} s, and the model takes about "
+                f"{estimate.load_s} s to load",
+                fix=f"load_s: {estimate.load_s}, or leave it out",
+                patch={f"services.{service.name}.load_s": None},
+            )
+
+
+def drain_fits_notice(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW502: a spot node is gone before streams of `drain_s` are finished."""
+    notice = NOTICE_S.get(stack.platform.cloud)
+    of_pool = pools(stack)
+    for service in stack.services:
+        pool, _machine = of_pool[service.pool]
+        if notice and "spot" in pool.capacity and service.drain_s + LEAVING_S > notice:
+            yield Finding(
+                code="SLW502",
+                severity="warn",
+                where=f"services.{service.name}.drain_s",
+                message=f"streams get {service.drain_s} s to finish, and a spot node of {stack.platform.cloud} is gone "
+                f"{notice} s after its notice: longer ones are cut",
+                fix=f"drain_s: {notice - LEAVING_S}, or on-demand capacity for pool {pool.name!r}",
+                patch={f"services.{service.name}.drain_s": notice - LEAVING_S},
+            )
+
+
+def nothing_hangs_on_one_pod(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW503: one replica, in production, is none while it is rolled or its node goes; a surge bridges roll-outs only."""
+    of_pool = pools(stack)
+    for service in stack.services:
+        if service.channel == "production" and service.least_replicas == 1 and not service.surge:
+            pool, _machine = of_pool[service.pool]
+            yield Finding(
+                code="SLW503",
+                severity="warn",
+                where=f"services.{service.name}.{'autoscaling.min_replicas' if service.autoscaling else 'replicas'}",
+                message="one replica and no surge: each roll-out, and each node that goes, leaves the service without one",
+                fix=f"2 replicas, or surge: true where pool {pool.name!r} has room for one more",
+                patch=_second(stack, service),
+            )
+    if stack.services and stack.router.replicas == 1 and stack.platform.cloud != "local":
+        yield Finding(
+            code="SLW503",
+            severity="warn",
+            where="router.replicas",
+            message="one router: every service is away while its node is",
+            fix="replicas: 2",
+            patch={"router.replicas": 2},
+        )
+
+
+def checkpoints_are_worth_it(stack: Stack, plan: Plan) -> Iterator[Finding]:
+    """SLW504: what an interrupted run loses is half the time between checkpoints, and on spot it will be interrupted."""
+    training, run = stack.training, plan.training
+    if training is None or run is None:
+        return
+    pool = stack.pool(training.pool)
+    every = training.checkpoint.every_steps
+    lost_h = run.hours.value * min(every, training.steps) / training.steps
+    none_before_the_end = every >= training.steps and run.hours.value > WORTH_SAVING_H
+    if none_before_the_end or ("spot" in pool.capacity and lost_h > WORTH_SAVING_H):
+        wanted = max(int(every * WORTH_SAVING_H / 4 / lost_h), 1) if every < training.steps else training.steps // 10
+        wanted = max(min(wanted, training.steps // 10), 1)
+        yield Finding(
+            code="SLW504",
+            severity="warn",
+            where="training.checkpoint.every_steps",
+            message=f"{every} steps take about {lost_h:.1f} h"
+            + (
+                ", the whole run: whatever stops it, it begins again"
+                if none_before_the_end
+                else f" on spot nodes: an interruption loses up to that, on {training.nodes} nodes"
+            ),
+            fix=f"every_steps: {wanted}",
+            patch={"training.checkpoint.every_steps": wanted},
+        )
+
+
+def surge_has_room(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW505: a roll-out that waits for a surge pod which its pool cannot hold never ends."""
+    of_pool = pools(stack)
+    asked = {demand.user: demand for users in demands(stack).values() for demand in users}
+    for service in stack.services:
+        pool, machine = of_pool[service.pool]
+        room = asked[f"services.{service.name}"].on_one_node(machine) * pool.max_nodes
+        if service.surge and service.most_replicas == room:
+            needed = asked[f"services.{service.name}"].nodes(room + 1, machine=machine)
+            yield Finding(
+                code="SLW505",
+                severity="error",
+                where=f"services.{service.name}.surge",
+                message=f"a roll-out at {room} replicas starts one more, and pool {pool.name!r} can hold {room}: it waits for ever",
+                fix=f"surge: false, which rolls within what is there, or max_nodes: {needed} for the pool",
+                patch={f"services.{service.name}.surge": False},
+            )
+
+
+def _second(stack: Stack, service: Service) -> Patch | None:
+    """A second replica where the pool has room and the autoscaler may; else a surge; else none."""
+    pool = stack.pool(service.pool)
+    asked = next(d for d in demands(stack)[service.pool] if d.user == f"services.{service.name}")
+    room = asked.on_one_node(instance(pool.instance)) * pool.max_nodes
+    if room < 2:
+        return None
+    if not service.autoscaling:
+        return {f"services.{service.name}.replicas": 2}
+    if service.most_replicas > 1:
+        return {f"services.{service.name}.autoscaling.min_replicas": 2}
+    return {f"services.{service.name}.surge": True}
