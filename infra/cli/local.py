@@ -7,13 +7,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import httpx
 import typer
 from rich.table import Table
 
 from infra.checks import enforce
 from infra.cli.board import Board
-from infra.cli.project import AsJson, Refusal, StackName, people, print_json, root, stack_file
+from infra.cli.project import AsJson, Refusal, StackName, me, people, print_json, root, stack_file
 from infra.cli.show import show_findings, show_plan
 from infra.cli.summary import Outcome, curl, outcome_of, show_curve, show_evaluation, stream_completion
 from infra.local import client
@@ -97,7 +96,7 @@ def status(stack: StackName = "local", json: AsJson = False) -> None:
         doing = " · ".join(part for part in (workload.url or "", workload.reason, restarts) if part)
         name = f"{workload.kind.lower()}/{workload.name}"
         table.add_row(name, workload.state, f"{workload.ready}/{workload.wanted}", doing)
-    people.print(table if found.workloads else f"{stack} has never been up. Fix: slipway local up -s {stack}")
+    people.print(table if found.workloads else f"{stack} has never been up. Fix: {me()} local up -s {stack}")
 
 
 @app.command()
@@ -157,12 +156,12 @@ def _show_endpoint(spec: Stack, outcome: Outcome, *, url: str, stack: str) -> No
         stream_completion(
             url, model=model, prompt=prompt, max_tokens=sample.max_tokens if sample else 64, console=people
         )
-    except httpx.HTTPError as error:
+    except ConnectionError as error:
         raise Refusal(
-            f"the endpoint does not answer: {error}. Fix: slipway local logs {spec.services[0].name}"
+            f"the endpoint does not answer: {error}. Fix: {me()} local logs {spec.services[0].name}"
         ) from None
     people.print("\nTry next:", style="bold")
-    for command in (curl(url, model=model, prompt=prompt), f"slipway local status -s {stack}", "make down"):
+    for command in (curl(url, model=model, prompt=prompt), f"{me()} local status -s {stack}", "make down"):
         people.print(f"  {command}", markup=False)
     if "report" in outcome.artifacts:
         people.print(f"report: {outcome.artifacts['report']}", style="dim")

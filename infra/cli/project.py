@@ -1,6 +1,9 @@
 """Where the project is, and what every command needs: the stack file, the two consoles, one way to refuse."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +40,13 @@ def stack_file(stack: str) -> Path:
         there = sorted(p.name.removeprefix("Pulumi.").removesuffix(".yaml") for p in path.parent.glob("Pulumi.*.yaml"))
         raise StackError(f"stack {stack!r} does not exist; there is {', '.join(there) or 'none'}")
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def me() -> str:
+    """This program, as a person types it here: `slipway` where it is on PATH, else the way to it."""
+    program = Path(sys.argv[0]).absolute()
+    found = shutil.which(program.name)
+    return program.name if found and Path(found).absolute() == program else os.path.relpath(program)
 
 
 def print_json(document: Any) -> None:

@@ -14,6 +14,14 @@ Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+class Misplaced(ValueError):
+    """A value that contradicts another part of the stack; `keys` lead from the part that was checked to the value."""
+
+    def __init__(self, message: str, *keys: str | int) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 class Spec(BaseModel):
     """Base of all parts. Field docstrings become descriptions in the JSON schema that editors complete from."""
 

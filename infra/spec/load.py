@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from infra.spec.base import Misplaced
 from infra.spec.stack import Stack
 
 PREFIX = "slipway:"
@@ -49,7 +50,8 @@ def parse(values: Mapping[str, Any], *, path: Path) -> Stack:
 
 
 def _explain(error: dict[str, Any], *, path: Path, lines: Mapping[Loc, int]) -> str:
-    loc = _in_file(error["loc"], lines)
+    cause = error.get("ctx", {}).get("error")
+    loc = _in_file(error["loc"] + (cause.keys if isinstance(cause, Misplaced) else ()), lines)
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), 1)
     key = PREFIX + ".".join(str(part) for part in loc) if loc else "config"
     return f"{path}:{line}: {key}: {_say(error)}"

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from infra.spec.base import Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 
 Cloud = Literal["local", "aws", "gcp", "azure"]
 Capacity = Literal["on-demand", "spot"]
@@ -27,7 +27,7 @@ class Platform(Spec):
     @model_validator(mode="after")
     def _cloud_needs_a_place(self) -> Self:
         if self.cloud != "local" and (self.region is None or self.cluster is None):
-            raise ValueError(f"cloud {self.cloud!r} needs `region` and `cluster`")
+            raise Misplaced(f"cloud {self.cloud!r} needs `region` and `cluster`", "cloud")
         return self
 
 
@@ -67,7 +67,7 @@ class NodePool(Spec):
     @model_validator(mode="after")
     def _min_below_max(self) -> Self:
         if self.min_nodes > self.max_nodes:
-            raise ValueError(f"min_nodes {self.min_nodes} is above max_nodes {self.max_nodes}")
+            raise Misplaced(f"{self.min_nodes} is above max_nodes {self.max_nodes}", "min_nodes")
         return self
 
 

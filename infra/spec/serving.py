@@ -4,7 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Name, NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt, Share, Spec
+from infra.spec.base import (
+    Misplaced,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Spec,
+)
 from infra.spec.training import Dtype, PodResources
 
 
@@ -21,7 +31,7 @@ class Autoscaling(Spec):
     @model_validator(mode="after")
     def _min_below_max(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+            raise Misplaced(f"{self.min_replicas} is above max_replicas {self.max_replicas}", "min_replicas")
         return self
 
 
@@ -89,7 +99,7 @@ class Router(Spec):
     @model_validator(mode="after")
     def _hash_needs_a_hash_policy(self) -> Self:
         if self.hash_header and self.policy not in ("ring_hash", "maglev"):
-            raise ValueError(f"hash_header needs policy ring_hash or maglev, and policy is {self.policy}")
+            raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", "hash_header")
         return self
 
 

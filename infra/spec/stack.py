@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Spec
+from infra.spec.base import Misplaced, Spec
 from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
 from infra.spec.serving import Budget, Monitoring, Router, Service
 from infra.spec.training import Training
@@ -23,20 +23,22 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     )
 
 
-def _refuse_twins(kind: str, names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
+def _refuse_twins(key: str, names: Iterable[str]) -> None:
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
         if name in seen:
-            raise ValueError(f"two {kind} are called {name!r}; names must differ")
-        seen.add(name)
+            first = f"{key}.{seen[name]}"
+            raise Misplaced(f"{name!r} is the name of {first} already; names must differ", key, index, "name")
+        seen[name] = index
 
 
 def _refuse_taken(names: Iterable[str]) -> None:
     """Names of services become names of objects, some of which the platform itself makes."""
-    for name in names:
+    for index, name in enumerate(names):
         if name == "router" or name.endswith("-pods") or name.startswith("keep-"):
-            raise ValueError(
-                f"a service cannot be called {name!r}: the platform makes an object of that name; choose another"
+            raise Misplaced(
+                f"a service cannot be called {name!r}: the platform makes an object of that name; choose another",
+                *("services", index, "name"),
             )
 
 
@@ -68,15 +70,18 @@ class Stack(Spec):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        _refuse_twins("node pools", (pool.name for pool in self.node_pools))
+        _refuse_twins("node_pools", (pool.name for pool in self.node_pools))
         _refuse_twins("services", (service.name for service in self.services))
         _refuse_taken(service.name for service in self.services)
         pools = [pool.name for pool in self.node_pools]
-        users = [("training", self.training.pool)] if self.training else []
-        users += [(f"services.{service.name}", service.pool) for service in self.services]
-        for user, pool in users:
+        users: list[tuple[str, tuple[str | int, ...]]] = [
+            (service.pool, ("services", index, "pool")) for index, service in enumerate(self.services)
+        ]
+        if self.training:
+            users.append((self.training.pool, ("training", "pool")))
+        for pool, keys in users:
             if pool not in pools:
-                raise ValueError(f"{user}: " + unknown("node pool", pool, pools))
+                raise Misplaced(unknown("node pool", pool, pools), *keys)
         return self
 
     def pool(self, name: str) -> NodePool:

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, Spec
+from infra.spec.base import Misplaced, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, Spec
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["unigram", "trigram", "kneser_ney_5"]
@@ -62,14 +62,15 @@ class ModelShape(Spec):
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.head_dim is None and self.hidden % self.heads:
-            raise ValueError(
-                f"hidden {self.hidden} is not a multiple of heads {self.heads}; set `head_dim` or change one"
+            raise Misplaced(
+                f"hidden {self.hidden} is not a multiple of heads {self.heads}; set `head_dim` or change one", "hidden"
             )
         if self.heads % self.kv_heads:
             divisors = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
             nearest = min(divisors, key=lambda k: abs(k - self.kv_heads))
-            raise ValueError(
-                f"kv_heads {self.kv_heads} does not divide heads {self.heads}; the nearest that does is {nearest}"
+            raise Misplaced(
+                f"kv_heads {self.kv_heads} does not divide heads {self.heads}; the nearest that does is {nearest}",
+                "kv_heads",
             )
         return self
 
@@ -179,7 +180,8 @@ class Training(Spec):
     @model_validator(mode="after")
     def _sequence_fits(self) -> Self:
         if self.seq > self.model.max_context:
-            raise ValueError(
-                f"seq {self.seq} is above model.max_context {self.model.max_context}; lower seq or raise max_context"
+            raise Misplaced(
+                f"seq {self.seq} is above model.max_context {self.model.max_context}; lower seq or raise max_context",
+                "seq",
             )
         return self

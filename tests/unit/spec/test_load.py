@@ -60,10 +60,10 @@ def test_unknown_key_is_refused_with_line_and_nearest(changed, key, value, typo,
         ({"training.model.heads": 12, "training.model.kv_heads": 4}, "hidden 2048 is not a multiple of heads 12"),
         ({"training.pool": "trian"}, "did you mean 'train'"),
         ({"services.0.pool": "nowhere"}, "node pool 'nowhere' does not exist"),
-        ({"node_pools.1.name": "train"}, "two node pools are called 'train'"),
-        ({"node_pools.0.min_nodes": 5}, "min_nodes 5 is above max_nodes 2"),
-        ({"services.0.autoscaling.min_replicas": 99}, "min_replicas 99 is above max_replicas 8"),
-        ({"platform.region": None}, "needs `region` and `cluster`"),
+        ({"node_pools.1.name": "train"}, "node_pools.1.name: 'train' is the name of node_pools.0 already"),
+        ({"node_pools.0.min_nodes": 5}, "min_nodes: 5 is above max_nodes 2"),
+        ({"services.0.autoscaling.min_replicas": 99}, "min_replicas: 99 is above max_replicas 8"),
+        ({"platform.region": None}, "cloud: cloud 'aws' needs `region` and `cluster`"),
         ({"services.0.name": "router"}, "a service cannot be called 'router'"),
         ({"router.hash_header": "x-user"}, "needs policy ring_hash or maglev"),
         ({"training.name": "Not A Name"}, "pattern"),
@@ -71,6 +71,16 @@ def test_unknown_key_is_refused_with_line_and_nearest(changed, key, value, typo,
 )
 def test_bad_value_is_refused_with_its_numbers(changed, values, says) -> None:
     assert says in refusal(changed("prod", values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("services.0.pool", "nowhere"), ("services.0.name", "router"), ("training.seq", 8192), ("training.pool", "trian")],
+)
+def test_a_contradiction_is_told_at_the_line_of_its_value(changed, key, value) -> None:
+    path = changed("prod", {key: value})
+    line = line_of(path, f"{key.rsplit('.', 1)[1]}: {value}")
+    assert f"{path}:{line}: slipway:{key}: " in refusal(path)
 
 
 def test_all_errors_are_told_at_once(changed) -> None:
