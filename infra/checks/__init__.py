@@ -48,6 +48,10 @@ def severities_name_codes(stack: Stack, _: Plan) -> Iterator[Finding]:
             )
 
 
+def _first_paragraph(rule: Check) -> str:
+    return " ".join((rule.__doc__ or "").partition("\n\n")[0].split())
+
+
 CHECKS: tuple[Check, ...] = (
     severities_name_codes,
     gang_fits_pool,
@@ -86,7 +90,7 @@ CHECKS: tuple[Check, ...] = (
 CODES: Mapping[str, str] = {
     code: meaning.strip().rstrip(";.")
     for rule in CHECKS
-    for code, meaning in re.findall(r"(SLW\d{3}): ((?:(?!SLW\d{3}: ).)+)", " ".join((rule.__doc__ or "").split()))
+    for code, meaning in re.findall(r"(SLW\d{3}): ((?:(?!SLW\d{3}: ).)+)", _first_paragraph(rule))
 }
 """What each code means, as its rule's docstring says it: `CODE: MEANING`."""
 

@@ -9,15 +9,13 @@ from typing import Annotated
 
 import typer
 
-from infra.checks import Refused, check
+from infra.checks import Refused
 from infra.cli import local
 from infra.cli.estimate import estimate
+from infra.cli.plan import plan
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
 from infra.cli.reference import reference
-from infra.cli.show import show_findings, show_plan
-from infra.planner import plan as make_plan
-from infra.planner import to_json
-from infra.spec import StackError, load
+from infra.spec import StackError
 from infra.spec import schema as stack_schema
 
 app = typer.Typer(
@@ -28,6 +26,7 @@ app = typer.Typer(
     epilog="Start with [bold]slipway plan[/], then [bold]slipway local up[/].",
 )
 app.add_typer(local.app, name="local")
+app.command()(plan)
 app.command()(estimate)
 
 
@@ -43,24 +42,6 @@ def schema(
         typer.echo(reference(stack_schema()), nl=False)
     else:
         print_json(stack_schema())
-
-
-@app.command()
-def plan(stack: StackName = "local", json: AsJson = False) -> None:
-    """Say what a stack will run, whether it fits, how long and how much, before anything exists.
-
-    Exits 2 when a check refuses the stack.
-    """
-    spec = load(stack_file(stack))
-    planned = make_plan(spec)
-    findings = check(spec, planned)
-    if json:
-        print_json({"stack": stack, "plan": to_json(planned), "findings": [vars(finding) for finding in findings]})
-    else:
-        show_plan(planned, stack=stack, console=people)
-        show_findings(findings, console=people)
-    if any(finding.severity == "error" for finding in findings):
-        raise typer.Exit(2)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.checks import Finding
+from infra.cli.against import Change
 from infra.planner import Estimate, Plan, ServicePlan, TrainingPlan
 
 WIDTH_OF_BAR = 24
@@ -35,6 +36,44 @@ def show_findings(findings: Iterable[Finding], *, console: Console) -> None:
             )
         )
         console.print(Text(f"  fix: {finding.fix}", style="green"))
+
+
+def show_diff(diff: str, *, applied: Iterable[Finding], console: Console) -> None:
+    """What `--fix` changed in the stack file, and for which findings."""
+    for finding in applied:
+        console.print(Text.assemble(("fixed ", "bold green"), (finding.code, "bold"), f" {finding.where}"))
+    for line in diff.splitlines()[2:]:
+        colour = {"+": "green", "-": "red", "@": "dim"}.get(line[:1], "")
+        console.print(Text(f"  {line}", style=colour))
+    if diff:
+        console.print()
+
+
+def show_changes(changes: Iterable[Change], *, against: str, console: Console) -> None:
+    """What is different from another plan: before, after, and by how much."""
+    changes = list(changes)
+    console.print(Text(f"\nagainst {against}" + ("" if changes else ": the same plan"), style="bold"))
+    if not changes:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("what")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for change in changes:
+        share = "" if change.share is None else f"{change.share:+.0%}"
+        table.add_row(
+            " ".join(filter(None, (change.what, change.unit))), fact(change.before), fact(change.after), share
+        )
+    console.print(table)
+
+
+def fact(value: float | str | None) -> str:
+    """`–`, `p5.48xlarge`, `16`, `126.83`, `1.2 B`."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    if abs(value) >= 1e5:
+        return count(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def money(value: float | None) -> str:
