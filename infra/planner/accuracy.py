@@ -9,7 +9,9 @@ from typing import Any, cast
 from infra.planner import points
 from infra.planner.collectives import Collective, Group, collective_s
 from infra.planner.estimate import GIB
+from infra.planner.frameworks import Framework
 from infra.planner.points import Point, Raw, read_point
+from infra.planner.run import Run
 from infra.planner.serve_memory import cache, weight_bytes
 from infra.planner.serve_time import Server
 from infra.planner.train_memory import CONTEXT_GIB, memory
@@ -180,7 +182,7 @@ def _training(point: Point) -> Predict:
             r"(peak|max|reserved|allocated|mem).*_(gib|gb|mib|mb)\b|(gib|gb|mib|mb).*(peak|reserved|allocated)",
             quantity,
         ):
-            return _memory(point, run, quantity, first=framework.reports == "first")
+            return _memory(point, run, quantity, framework=framework)
         if re.search(r"tokens?_per_s|tok_s|tps\b|tgs\b|wps\b", quantity):
             return rate() * _gpus_counted(point, quantity)
         if re.search(r"(samples?|seqs?|sequences?)_per_s", quantity):
@@ -193,7 +195,8 @@ def _training(point: Point) -> Predict:
             per = rate() * flops() / 1e12 * (recompute if hardware and "model" not in quantity else 1)
             return per * _gpus_counted(point, quantity, default=1)
         if re.match(r"mfu|hfu", quantity):
-            peak = points.gpu_of(point).tflops_bf16 * (2 if "fp8 peak" in point.text else 1)
+            wide = "fp8 peak" in point.text or (framework.fp8_peak and run.kernels.fp8)
+            peak = points.gpu_of(point).tflops_bf16 * (2 if wide else 1)
             share = rate() * flops() / 1e12 / peak * (recompute if quantity.startswith("hfu") else 1)
             return share * (100 if "pct" in quantity or "percent" in quantity or float(measured) > 1.5 else 1)
         return None
@@ -210,15 +213,18 @@ def _gpus_counted(point: Point, quantity: str, default: int | None = None) -> in
     return point.gpus if default is None or "total" in quantity else default
 
 
-def _memory(point: Point, run: Any, quantity: str, *, first: bool) -> float:
-    """Peak memory in the unit that torch's tools print: GiB, whether they call it GB or GiB."""
+def _memory(point: Point, run: Run, quantity: str, *, framework: Framework) -> float:
+    """Peak memory in the unit that the source prints: mostly GiB, whether it says GB or GiB."""
     statistic = "allocated"
     if "reserved" in quantity or "nvidia-smi" in point.text:
         statistic = "reserved"
     whole_device = "nvidia-smi" in point.text
-    stage = 0 if first and "max over ranks" not in point.text else None
+    stage = 0 if framework.reports == "first" and "max over ranks" not in point.text else None
     gib = memory(run, statistic="device" if whole_device else statistic, stage=stage).value
-    return gib * 1024 if re.search(r"_mi?b\b", quantity) else gib
+    if re.search(r"_mi?b\b", quantity):
+        return gib * 1024
+    decimal = framework.decimal or re.search(r"1e9|10\^9|10\*\*9", point.text)
+    return gib * GIB / 1e9 if decimal and re.search(r"_gb\b", quantity) else gib
 
 
 def _inference(point: Point) -> Predict:
@@ -264,6 +270,9 @@ def _inference(point: Point) -> Predict:
 
     def predict(quantity: str, _: Any) -> float | bool | None:
         if quantity in ("oom", "fits"):
+            if "gpu_memory_utilization" in raw:
+                # A server that sets its cache aside at the start, and refuses where one request of full length does not fit.
+                return (kept().tokens < max(points.number(raw.get("seq"), default=1), 1)) == (quantity == "oom")
             used = weight_bytes(shape, form=form, tp=tp, pp=pp) / GIB + CONTEXT_GIB
             return (used > points.device_gib_of(point)) == (quantity == "oom")
         if "weight" in quantity:

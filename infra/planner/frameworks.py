@@ -24,13 +24,17 @@ class Framework:
     """Its default, where a source does not say."""
     flops: Literal["all", "matmul"] = "matmul"
     """Parameters that its MFU counts: all, or all but the input embedding."""
+    decimal: bool = False
+    """Its GB are 10^9 bytes; what torch's own tools and most logs call GB is 2^30."""
+    fp8_peak: bool = False
+    """Its MFU of a run in fp8 is of the fp8 peak."""
     sequence_parallel: bool = True
 
 
-PYTORCH = Framework(name="PyTorch", states=FP32, kernels=Kernels(fused=False))
+PYTORCH = Framework(name="PyTorch", states=FP32, kernels=Kernels(fused=False, wide_norms=True))
 
 KNOWN: tuple[tuple[str, Framework], ...] = (
-    ("torchtitan", Framework(name="torchtitan", states=FP32, kernels=Kernels(fused=False), flops="all")),
+    ("torchtitan", Framework(name="torchtitan", states=FP32, kernels=Kernels(fused=False), zero=3, flops="all")),
     (
         "nanotron",
         Framework(
@@ -43,7 +47,17 @@ KNOWN: tuple[tuple[str, Framework], ...] = (
     ),
     (
         "llm-foundry|mosaicml|composer",
-        Framework(name="llm-foundry", states=FP32, kernels=Kernels(attention="flash1"), flops="all"),
+        Framework(
+            name="llm-foundry",
+            states=FP32,
+            kernels=Kernels(attention="flash1", loss="compiled"),
+            flops="all",
+            fp8_peak=True,
+        ),
+    ),
+    (
+        "lit-?gpt|lit-llama",
+        Framework(name="LitGPT", states=FP32, kernels=Kernels(fused=False, wide_norms=True), decimal=True),
     ),
     (
         "deepspeed",
@@ -60,7 +74,7 @@ KNOWN: tuple[tuple[str, Framework], ...] = (
         Framework(
             name="Megatron",
             states=MEGATRON,
-            kernels=Kernels(regather=True, overlap_tp=True, overlap_gather=True, attention="flash3"),
+            kernels=Kernels(regather=True, tp_hidden=0.75, overlap_gather=True, attention="flash3"),
             zero=1,
             reports="first",
             recompute="attention",
@@ -87,7 +101,7 @@ def framework_of(source: str, *, zero: int | None) -> Framework:
         early = int(paper[1]) < 2205  # sequence parallelism came with 2205.05198
         found = replace(
             found,
-            kernels=replace(found.kernels, flash=False, overlap_tp=False),
+            kernels=replace(found.kernels, flash=False, tp_hidden=0.0),
             zero=0,
             sequence_parallel=not early,
         )

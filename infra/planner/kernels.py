@@ -53,15 +53,17 @@ def power_share(gpu: Gpu) -> float:
     return 1.0 if reference is None or gpu.tdp_w >= reference else (gpu.tdp_w / reference) ** (1 / 3)
 
 
+def product_tflops(gpu: Gpu, *, fp8: bool) -> float:
+    """TFLOP/s that large matrix products sustain; in bf16 where the GPU has no fp8."""
+    if fp8 and gpu.tflops_fp8:
+        return gpu.tflops_fp8 * FP8_SHARE * power_share(gpu)
+    return gpu.tflops_bf16 * GEMM_SHARE.get(gpu.architecture, 0.6) * power_share(gpu)
+
+
 def gemm_s(*, m: float, n: float, k: float, gpu: Gpu, fp8: bool = False) -> float:
     """Seconds for an m×k by k×n product."""
-    rate = (
-        gpu.tflops_fp8 * FP8_SHARE
-        if fp8 and gpu.tflops_fp8
-        else gpu.tflops_bf16 * GEMM_SHARE.get(gpu.architecture, 0.6)
-    )
     traffic = 2 * (m * n + m * k + n * k)
-    return 2 * m * n * k / (rate * power_share(gpu) * 1e12) + traffic / (gpu.bandwidth_gbps * 1e9)
+    return 2 * m * n * k / (product_tflops(gpu, fp8=fp8) * 1e12) + traffic / (gpu.bandwidth_gbps * 1e9)
 
 
 def attention_s(*, flops: float, gpu: Gpu, generation: str = "flash2") -> float:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from infra.catalog import Gpu, gpus
 from infra.planner.frameworks import Framework, framework_of
-from infra.planner.run import FP32, MEGATRON, PURE, Kernels, Layout, Recompute, Run, States
+from infra.planner.run import FP32, MEGATRON, PURE, Kernels, Layout, Loss, Recompute, Run, States
 from infra.planner.serve_memory import FORMATS, Format
 from infra.planner.shape import Shape
 from infra.planner.train_memory import CONTEXT_GIB, memory
@@ -81,9 +81,9 @@ GPU_NAMES = (
     (r"a100|a800", "A100-80"),
     (r"v100.{0,16}16\s?g", "V100-16"),
     (r"v100", "V100-32"),
-    (r"mi325", "MI325X"),
-    (r"mi300", "MI300X"),
-    (r"mi250", "MI250X"),
+    (r"mi-?325", "MI325X"),
+    (r"mi-?300", "MI300X"),
+    (r"mi-?250", "MI250X"),
     (r"l40s", "L40S"),
     (r"\bl4\b", "L4"),
     (r"a10g", "A10G"),
@@ -101,6 +101,15 @@ def gpu_of(point: Point) -> Gpu:
     if name is None:
         raise ValueError(f"GPU {point.raw.get('gpu')!r} is not in the catalogue")
     found = gpus()[name]
+    if "gcd" in text and name == "MI250X":
+        # Programs see each of its two dies as a GPU.
+        found = replace(
+            found,
+            tflops_bf16=found.tflops_bf16 / 2,
+            bandwidth_gbps=found.bandwidth_gbps / 2,
+            memory_gb=found.memory_gb / 2,
+            memory_gib=found.memory_gib / 2,
+        )
     if given := re.search(r"([\d.]+)\s*tb/s", text):
         found = replace(found, bandwidth_gbps=float(given[1]) * 1000)
     elif "hbm2e" in text and name == "H100":
@@ -186,7 +195,7 @@ def recompute_of(point: Point, framework: Framework) -> Recompute:
 def states_of(point: Point, framework: Framework) -> States:
     """Bytes of state a parameter: what `dtype` says where it is explicit, else the framework's."""
     text = str(point.raw.get("dtype") or "").lower()
-    if "pure" in text and "fsdp" not in text:
+    if ("pure" in text and "fsdp" not in text) or re.search(r"(bf16|16)-true", text):
         return PURE
     if "fp32 master+grad" in text or text.startswith(("fp32", "amp")):
         return FP32
@@ -200,9 +209,23 @@ def kernels_of(point: Point, framework: Framework) -> Kernels:
     kernels = framework.kernels
     if raw.get("compile") is not None:
         kernels = replace(kernels, fused=bool(raw["compile"]))
-    if "asynctp" in point.text or "async tp" in point.text or "async-tp" in point.text:
-        kernels = replace(kernels, overlap_tp=True)
+    if re.search(r"async[ -]?tp", point.text) and "vanilla" not in point.text:
+        kernels = replace(kernels, tp_hidden=0.5)
+    kernels = replace(kernels, loss=_loss_of(point, framework, kernels))
     return replace(kernels, fp8="float8" in text or "fp8" in text)
+
+
+def _loss_of(point: Point, framework: Framework, kernels: Kernels) -> Loss:
+    """How the loss is computed: as the point says, else as the framework does."""
+    text = f"{point.raw.get('loss') or ''} {point.text}".lower()
+    if re.search(r"chunked|liger|cut.?cross", text):
+        return "chunked"
+    if re.search(r"fused (linear )?cross|compiled loss|fused.?ce\b", text):
+        return "compiled"
+    # torchtitan compiles its loss with the model since 2025.
+    if framework.name == "torchtitan" and kernels.fused and re.search(r"20(2[5-9])", text) and "eager" not in text:
+        return "compiled"
+    return kernels.loss
 
 
 def layout_of(point: Point, framework: Framework) -> Layout:
@@ -262,6 +285,7 @@ def run_of(point: Point) -> Run:
         states=states_of(point, framework),
         reduce_bytes=_reduce_bytes(point, framework),
         kernels=kernels_of(point, framework),
+        trained=trained_of(point),
     )
     local = number(raw.get("global_batch"), default=0) / layout.batch_ranks
     if not local:
@@ -274,6 +298,19 @@ def run_of(point: Point) -> Run:
     if count < 1 or count != int(count):
         point.assumptions.append(f"global batch makes {count:.3g} micro-batches: rounded")
     return replace(run, micro_batches=max(round(count), 1))
+
+
+def trained_of(point: Point) -> int | None:
+    """Parameters that are trained where not all are (LoRA). Raises ValueError where the point says LoRA and not how many."""
+    raw = point.raw
+    given = next(
+        (raw[key] for key in ("trainable_params", "trainable_parameters", "lora_params") if raw.get(key)), None
+    )
+    if given is not None:
+        return int(number(given, default=0))
+    if re.search("lora|adapter", f"{raw.get('method') or ''} {raw.get('recipe') or ''}".lower()):
+        raise ValueError("LoRA, and the number of trained parameters is not there (trainable_params)")
+    return None
 
 
 def _reduce_bytes(point: Point, framework: Framework) -> int:

@@ -92,12 +92,15 @@ class Kernels:
     loss: Loss = "eager"
     regather: bool = False
     """Backward gathers a column-parallel layer's input again (Megatron) and does not keep the gathered copy."""
-    overlap_tp: bool = False
-    """Tensor-parallel collectives run beside the matrix products."""
+    tp_hidden: float = 0.0
+    """Share of tensor-parallel communication that runs beside matrix products: 0.75 of Megatron's (what contends stays), half of
+    torchtitan's async TP, which hides the gathers and scatters of one side of a product at a time."""
     overlap_dp: bool = True
     """Gradient and parameter collectives run beside compute."""
     overlap_gather: bool = False
     """Under ZeRO-1 and 2 the gathering of updated weights runs beside the next forward pass."""
+    wide_norms: bool = False
+    """RMSNorm is written out in Python, in fp32 (Transformers, LitGPT)."""
     accumulates_wide: bool = False
     """Each micro-batch's bf16 gradients are added to fp32 ones by a kernel of its own."""
     split_by_cost: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from infra.catalog import Gpu
 from infra.planner.collectives import Group, collective_s
-from infra.planner.kernels import power_share
+from infra.planner.kernels import product_tflops
 from infra.planner.serve_memory import Format, streamed_bytes
 from infra.planner.shape import Shape
 
@@ -21,9 +21,6 @@ CACHE_SHARE = 0.80
 
 KERNELS_PER_LAYER, KERNEL_S = 9, 5e-6
 """Kernels of a decoding layer under CUDA graphs, and what each costs beyond its bytes: start, tail, dependency."""
-
-COMPUTE_SHARE = {"bf16": 0.62, "fp8": 0.46}
-"""Share of peak that prefill and large decoding batches multiply at (2·N FLOPs a token)."""
 
 SCHEDULER_S = 0.5e-3
 """Host time between two steps of a server that overlaps little: sampling, block tables, detokenising."""
@@ -44,9 +41,7 @@ class Server:
     @property
     def flops_per_s(self) -> float:
         """FLOP/s that one GPU multiplies at in prefill."""
-        if self.form.name == "fp8" and self.gpu.tflops_fp8:
-            return self.gpu.tflops_fp8 * 1e12 * COMPUTE_SHARE["fp8"]
-        return self.gpu.tflops_bf16 * 1e12 * COMPUTE_SHARE["bf16"]
+        return product_tflops(self.gpu, fp8=self.form.name == "fp8") * 1e12
 
     def mixed_s(self, *, decoding: float, context: float, prefill: float = 0.0, prefill_context: float = 0.0) -> float:
         """Seconds of one forward pass: `decoding` sequences of `context` tokens and `prefill` prompt tokens with
@@ -54,7 +49,9 @@ class Server:
         shape, gpu, bandwidth = self.shape, self.gpu, self.gpu.bandwidth_gbps * 1e9
         tokens = decoding + prefill
         weights = streamed_bytes(shape, form=self.form, tp=self.tp) / (bandwidth * STREAM_SHARE[self.form.name])
-        multiply = 2 * shape.matmul_parameters * tokens / self.tp / (self.flops_per_s * power_share(gpu))
+        # Of a prompt only the last token goes through the output head.
+        products = shape.layers * shape.block_matrices * tokens + shape.embedding * decoding
+        multiply = 2 * products / self.tp / self.flops_per_s
         cached = decoding * context * shape.kv_bytes_per_token(bytes_per_value=self.kv_bytes, tp=self.tp)
         scores = 4 * shape.layers * shape.q_width * prefill * prefill_context / self.tp
         attention = cached / (bandwidth * CACHE_SHARE) + scores / (gpu.tflops_bf16 * 1e12 * 0.4)

@@ -10,7 +10,7 @@ from infra.planner.run import Run
 CONTEXT_GIB = 0.6
 """CUDA context, cuBLAS work space and NCCL buffers outside the allocator: `nvidia-smi` less PyTorch's reserved memory."""
 
-RESERVED = 1.05
+RESERVED = 1.08
 """The caching allocator's reserved memory over what is allocated: blocks split to 512 B…2 MiB and kept for reuse."""
 
 LOGIT_BYTES = {"eager": 12.0, "compiled": 4.0, "chunked": 0.5}
@@ -23,6 +23,8 @@ def layer_bytes(run: Run) -> tuple[float, float]:
     """Bytes that one token keeps in one layer without recomputation, in bf16: (split over TP, whole on each TP rank)."""
     shape = run.shape
     h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
+    if run.trained is not None:
+        return _adapted_layer_bytes(run), 0
     inner = 2 * q + 4 * kv + 2 * q  # q, k, v, attention's output
     if run.kernels.flash:
         inner += 4 * shape.heads  # the softmax's log-sum-exp
@@ -30,13 +32,32 @@ def layer_bytes(run: Run) -> tuple[float, float]:
         inner += 5 * shape.heads * run.seq  # scores, softmax, dropout mask (5·a·s of the paper)
     # gate, up and product; silu(gate) is kept besides unless fused. Two matrices: input and output of the GELU.
     inner += (6 if run.kernels.fused else 8) * f if shape.gated else 4 * f
-    outer = 2 * h + 2 * h  # inputs of both norms
+    outer = 2 * _norm_bytes(run)  # inputs of both norms
     gathered = 2 * h + 2 * h  # outputs of both norms: what the column-parallel layers read
     if run.layout.tp == 1 or (run.layout.sequence_parallel and run.kernels.regather):
         return inner + outer + gathered, 0
     if run.layout.sequence_parallel:
         return inner + outer, gathered
     return inner, outer + gathered
+
+
+def _norm_bytes(run: Run) -> float:
+    """Bytes that a norm keeps of its input: in bf16, or where it is written out in Python, in fp32 and normalised once more."""
+    wide = run.kernels.wide_norms and run.shape.gated
+    if not wide:
+        return 2 * run.shape.hidden
+    return (4 if run.trained is not None else 6) * run.shape.hidden
+
+
+def _adapted_layer_bytes(run: Run) -> float:
+    """`layer_bytes` under LoRA: a frozen product needs no input for its weight's gradient, so that what only feeds products goes."""
+    shape = run.shape
+    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
+    attention = (
+        2 * (q + 2 * kv) + 2 * (q + kv) + 2 * q + 4 * shape.heads
+    )  # as projected, q and k rotated, output, log-sum-exp
+    mlp = (4 if run.kernels.fused else 6) * f if shape.gated else 2 * f  # gate, silu(gate), up; or the GELU's input
+    return attention + mlp + 2 * _norm_bytes(run) + 3 * h  # and the adapter's input: dropout's mask and output
 
 
 def kept_bytes(run: Run) -> float:

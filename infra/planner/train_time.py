@@ -68,7 +68,8 @@ def layer_time(run: Run, *, gpu: Gpu, node: int) -> LayerTime:
         attention_back = 2 * attention
     element = stream_s(moved_bytes=tokens * _elementwise_bytes(run), gpu=gpu)
     forward = linear + attention + element
-    backward = 2 * linear + attention_back + 2 * element
+    # A product's backward pass is two, of its input's and of its weight's gradient; frozen weights (LoRA) need the first alone.
+    backward = (2 if run.trained is None else 1) * linear + attention_back + 2 * element
     again = {
         "none": 0.0,
         "attention": attention,
@@ -85,8 +86,7 @@ def layer_time(run: Run, *, gpu: Gpu, node: int) -> LayerTime:
         group = Group(size=t, node=node)
         message = 2 * tokens * h
         tp = passes * collective_s("all_reduce", message_bytes=message, gpu=gpu, group=group)
-        if run.kernels.overlap_tp:
-            tp *= CONTENTION
+        tp *= 1 - run.kernels.tp_hidden
     cp = 0.0
     if run.layout.cp > 1:
         group = Group(size=run.layout.cp, stride=t, node=node)
