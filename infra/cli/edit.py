@@ -89,8 +89,9 @@ def _insert_line(text: str, *, after: int, line: str) -> str:
 
 def _replace(text: str, node: Any, value: str) -> str:
     start, end = cast(int, node.start_mark.index), _end(node)
-    space = " " if start == end and start and text[start - 1] == ":" else ""  # `key:` with nothing after it
-    return text[:start] + space + value + text[end:]
+    nothing = start == end and text[start - 1 : start] == ":"  # `key:` with nothing after it
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # may stand at its key's own column
+    return text[:start] + (" " if nothing else "  " if block else "") + value + text[end:]
 
 
 def _end(node: Any) -> int:
