@@ -14,6 +14,7 @@ from pathlib import Path
 from serving.engine.messages import (
     Abort,
     Add,
+    Counters,
     Failed,
     Load,
     Loading,
@@ -78,6 +79,7 @@ class EngineProcess:
         self.ready: Ready | None = None
         self.running = self.waiting = 0
         self.kv_used_ratio = 0.0
+        self.counters = Counters()
         self.queued_tokens = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -103,7 +105,9 @@ class EngineProcess:
     def in_flight(self) -> int:
         return len(self._streams)
 
-    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> Stream:
+    def submit(
+        self, prompts: Sequence[tuple[list[int], SamplingParams]], *, priority: int = 0, tenant: str = ""
+    ) -> Stream:
         """Queues one request's sequences. They are answered together, each as `index` of the returned stream."""
         start = next(self._ids)
         for _ in prompts[1:]:
@@ -115,7 +119,7 @@ class EngineProcess:
             self._streams[seq_id] = stream
             self._queued[seq_id] = len(prompt_ids)
             self.queued_tokens += len(prompt_ids)
-            self._send(Add(seq_id, prompt_ids, params, arrived_s))
+            self._send(Add(seq_id, prompt_ids, params, arrived_s, priority, tenant))
         self._idle.clear()
         return stream
 
@@ -179,6 +183,7 @@ class EngineProcess:
 
     def _deliver(self, step: Step) -> None:
         self.running, self.waiting, self.kv_used_ratio = step.running, step.waiting, step.kv_used_ratio
+        self.counters = step.counters
         for output in step.outputs:
             if output.queue_s is not None:
                 self._dequeue(output.seq_id)

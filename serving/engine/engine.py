@@ -10,7 +10,7 @@ import torch
 
 from serving.engine.attention import KVPool
 from serving.engine.block_manager import BlockManager
-from serving.engine.messages import Output, SamplingParams
+from serving.engine.messages import Counters, Output, SamplingParams
 from serving.engine.model_runner import ModelRunner, Sampled
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
@@ -31,6 +31,7 @@ class Engine:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.max_model_len = max_model_len
         self.sequences: dict[int, Sequence] = {}
+        self._aborts = 0
 
     @classmethod
     def load(
@@ -61,17 +62,28 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.sequences)
 
-    def add(self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *, arrived_s: float) -> None:
+    def add(
+        self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *,
+        arrived_s: float, priority: int = 0, tenant: str = "",
+    ) -> None:  # fmt: skip
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
-        seq = Sequence(seq_id, prompt_ids, params, decode=self.tokenizer.decode, arrived_s=arrived_s)
+        seq = Sequence(
+            seq_id, prompt_ids, params,
+            decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant,
+        )  # fmt: skip
         self.sequences[seq_id] = seq
         self.scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
         """Forgets a sequence and frees its blocks; one that has finished already is no error."""
-        seq = self.sequences.pop(seq_id, None)
-        if seq is not None:
-            self.scheduler.remove(seq)
+        if seq_id in self.sequences:
+            self._aborts += 1
+            self._forget(seq_id)
+
+    @property
+    def counters(self) -> Counters:
+        s = self.scheduler
+        return Counters(s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts)
 
     def step(self) -> list[Output]:
         batch = self.scheduler.schedule()
@@ -89,6 +101,9 @@ class Engine:
                 texts[output.seq_id] += output.text
         return texts
 
+    def _forget(self, seq_id: int) -> None:
+        self.scheduler.remove(self.sequences.pop(seq_id))
+
     def _postprocess(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[Output]:
         outputs = []
         for (seq, num_tokens), result in zip(batch, sampled, strict=True):
@@ -98,7 +113,7 @@ class Engine:
                 continue
             output = self._advance(seq, result)
             if output.finish_reason:
-                self.abort(seq.seq_id)
+                self._forget(seq.seq_id)
             outputs.append(output)
         return outputs
 
@@ -118,6 +133,7 @@ class Engine:
                 text = seq.text.push(token_id)
                 if result.logprob is not None:
                     seq.pending_logprobs.append(result.logprob)
+                    seq.cumulative_logprob += result.logprob.logprob
                 if seq.num_output == params.max_tokens:
                     finish_reason = "length"
         if finish_reason:
@@ -132,6 +148,8 @@ class Engine:
             logprobs=_release_logprobs(seq, all_of_them=finish_reason is not None and not seq.text.stopped),
             prompt_logprobs=seq.prompt_logprobs if first and params.prompt_logprobs else None,
             queue_s=seq.queue_s if first else None,
+            cached_tokens=seq.cached_tokens if first else 0,
+            cumulative_logprob=seq.cumulative_logprob,
         )
 
 

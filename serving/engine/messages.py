@@ -1,8 +1,15 @@
 """What the server and its engine process say to each other: plain tuples, cheap to pickle, typed on both sides."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from serving.settings import Settings
+
+
+class Structure(NamedTuple):
+    """A form that the whole answer must have. `text` is a JSON schema, a regular expression, or a grammar in Lark."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
 
 
 class SamplingParams(NamedTuple):
@@ -12,9 +19,17 @@ class SamplingParams(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest are left out
+    presence_penalty: float = 0.0  # OpenAI's: taken from the logit of each token that the answer holds …
+    frequency_penalty: float = 0.0  # … and as often as it holds it
+    repetition_penalty: float = 1.0  # CTRL's (arXiv 1909.05858): on tokens of the prompt too
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    structure: Structure | None = None
+    embed: bool = False  # answer with the prompt's embedding; `max_tokens` is 0
     logprobs: int | None = None  # alternatives to report beside each token; None: report nothing
     prompt_logprobs: bool = False
 
@@ -29,6 +44,8 @@ class Add(NamedTuple):
     prompt_ids: list[int]
     params: SamplingParams
     arrived_s: float  # CLOCK_MONOTONIC, which all processes of a machine share
+    priority: int = 0  # a higher one is admitted first
+    tenant: str = ""  # within one priority, tenants take turns by the tokens they had
 
 
 class Abort(NamedTuple):
@@ -74,10 +91,22 @@ class Output(NamedTuple):
     seq_id: int
     text: str
     num_tokens: int  # of the answer so far, also those whose text is held or was cut by a stop string
-    finish_reason: str | None = None  # stop, length
+    finish_reason: str | None = None  # stop, length; error: refused as it stands, `text` says why (the client's fault)
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     queue_s: float | None = None  # in a sequence's first output: how long it waited to be scheduled
+    cached_tokens: int = 0  # in a sequence's first output: of its prompt, those found in the prefix cache
+    cumulative_logprob: float = 0.0  # of the answer so far, when logprobs are asked for: what best_of compares
+    embedding: tuple[float, ...] | None = None  # unit length
+
+
+class Counters(NamedTuple):
+    """What happened in the engine since it was loaded."""
+
+    prefix_hit_tokens: int = 0  # prompt tokens found in the cache of prefixes …
+    prefix_miss_tokens: int = 0  # … and those that had to be computed
+    preemptions: int = 0
+    aborts: int = 0
 
 
 class Step(NamedTuple):
@@ -85,6 +114,7 @@ class Step(NamedTuple):
     running: int
     waiting: int
     kv_used_ratio: float
+    counters: Counters = Counters()
 
 
 Reply = Loading | Ready | Failed | Step

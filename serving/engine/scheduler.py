@@ -5,10 +5,10 @@ preempted sequence's second prefill are one case. (Continuous batching: Orca, OS
 """
 
 import time
-from collections import deque
 from typing import NamedTuple
 
 from serving.engine.block_manager import BlockManager
+from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Sequence
 
 
@@ -27,11 +27,12 @@ class Scheduler:
         assert max_step_tokens >= max_num_seqs
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # oldest first: the youngest is preempted
+        self.preemptions = self.prefix_hit_tokens = self.prefix_miss_tokens = 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting.add(seq)
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work; empty when there is none."""
@@ -46,6 +47,7 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
+        self.waiting.forget(seq)
         self.blocks.release(seq)
 
     def _schedule_running(self) -> tuple[list[Scheduled], bool]:
@@ -60,17 +62,19 @@ class Scheduler:
                 preempted = True
                 youngest = self.running.pop()
                 self.blocks.release(youngest)
-                self.waiting.appendleft(youngest)
+                self.waiting.put_back(youngest)
+                self.preemptions += 1
                 if youngest is seq:
                     return batch, True
             batch.append(Scheduled(seq, num_tokens))
+            self.waiting.charge(seq, num_tokens)
             budget -= num_tokens
         return batch, preempted
 
     def _admit(self, batch: list[Scheduled]) -> None:
         budget = self.max_step_tokens - sum(item.num_tokens for item in batch)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+            seq = self.waiting.first()
             self.blocks.match_prefix(seq)
             num_tokens = min(seq.num_uncomputed, budget)
             # Room for the whole of it, and a block for each one running: who is let in is not thrown out the step after.
@@ -79,9 +83,13 @@ class Scheduler:
                 self.blocks.release(seq)
                 return
             self.blocks.grow(seq, len(seq))
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             self.running.append(seq)
             if seq.queue_s is None:
                 seq.queue_s = time.monotonic() - seq.arrived_s
+                seq.cached_tokens = seq.num_computed
+                self.prefix_hit_tokens += seq.num_computed
+                self.prefix_miss_tokens += seq.num_uncomputed
             batch.append(Scheduled(seq, num_tokens))
+            self.waiting.charge(seq, num_tokens)
             budget -= num_tokens

@@ -12,15 +12,19 @@ class Sequence:
         "arrived_s",
         "block_hashes",
         "block_table",
+        "cached_tokens",
+        "cumulative_logprob",
         "num_computed",
         "num_prompt",
         "num_published",
         "params",
         "pending_logprobs",
+        "priority",
         "prompt_logprobs",
         "queue_s",
         "rng",
         "seq_id",
+        "tenant",
         "text",
         "token_ids",
     )
@@ -33,6 +37,8 @@ class Sequence:
         *,
         decode: Callable[[list[int]], str],
         arrived_s: float,
+        priority: int = 0,
+        tenant: str = "",
     ) -> None:
         assert prompt_ids, "an empty prompt has no last token to predict from"
         self.seq_id = seq_id
@@ -45,6 +51,9 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # of its full blocks, chained; grows as tokens are computed
         self.arrived_s = arrived_s
         self.queue_s: float | None = None
+        self.cached_tokens = 0  # of its prompt, those found in the cache when it was first let in
+        self.cumulative_logprob = 0.0
+        self.priority, self.tenant = priority, tenant
         self.text = TextStream(decode, params.stop)
         # One stream of chance for each sequence, advanced once a token: whatever else is in the batch, and however
         # often the sequence is preempted, the same seed draws the same numbers.

@@ -60,18 +60,19 @@ def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Connecti
     while True:
         while not engine.has_work or not inbox.empty():
             match inbox.get():
-                case Add(seq_id, prompt_ids, params, arrived_s):
-                    engine.add(seq_id, prompt_ids, params, arrived_s=arrived_s)
+                case Add(seq_id, prompt_ids, params, arrived_s, priority, tenant):
+                    engine.add(seq_id, prompt_ids, params, arrived_s=arrived_s, priority=priority, tenant=tenant)
                 case Abort(seq_ids):
                     for seq_id in seq_ids:
                         engine.abort(seq_id)
                     if not engine.has_work:
-                        connection.send(Step([], 0, 0, blocks.used_ratio))
+                        connection.send(Step([], 0, 0, blocks.used_ratio, engine.counters))
                 case StopMessage():
                     return
         outputs = engine.step()
         scheduler = engine.scheduler
-        connection.send(Step(outputs, len(scheduler.running), len(scheduler.waiting), blocks.used_ratio))
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        connection.send(Step(outputs, running, waiting, blocks.used_ratio, engine.counters))
 
 
 def _progress(connection: Connection):

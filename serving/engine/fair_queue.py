@@ -1,0 +1,52 @@
+"""Who is admitted next: the highest priority, and within it the tenant that has had the fewest tokens.
+
+A tenant that comes back after a pause starts level with the one that has had the least of those still here, so that
+idle time is not saved up. (The virtual token counter of arXiv 2401.00588.)
+"""
+
+from collections import Counter
+
+from serving.engine.sequence import Sequence
+
+
+class FairQueue:
+    """Sequences that wait, and the books on all that are here, waiting or running."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Sequence, None] = {}  # in the order of arrival
+        self._preempted: list[Sequence] = []  # these hold answers half made: they come first, the oldest before all
+        self._present: Counter[str] = Counter()  # sequences of each tenant
+        self._tokens: dict[str, int] = {}  # that each tenant present has had
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._preempted)
+
+    def add(self, seq: Sequence) -> None:
+        if not self._present[seq.tenant]:
+            self._tokens[seq.tenant] = min(self._tokens.values(), default=0)
+        self._present[seq.tenant] += 1
+        self._waiting[seq] = None
+
+    def put_back(self, seq: Sequence) -> None:
+        """A preempted sequence: the youngest is thrown out first, so the last to come back is the oldest."""
+        self._preempted.append(seq)
+
+    def first(self) -> Sequence:
+        if self._preempted:
+            return self._preempted[-1]
+        return min(self._waiting, key=lambda seq: (-seq.priority, self._tokens[seq.tenant]))
+
+    def remove(self, seq: Sequence) -> None:
+        if seq in self._waiting:
+            del self._waiting[seq]
+        else:
+            self._preempted.remove(seq)
+
+    def charge(self, seq: Sequence, num_tokens: int) -> None:
+        self._tokens[seq.tenant] += num_tokens
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has left the engine."""
+        self._present[seq.tenant] -= 1
+        if not self._present[seq.tenant]:
+            del self._present[seq.tenant], self._tokens[seq.tenant]
