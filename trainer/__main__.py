@@ -6,7 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.config import TrainConfig, read_command
+from trainer.command import read_command
+from trainer.config import TrainConfig
 from trainer.errors import StopSignal, run_program
 
 _PR_SET_PDEATHSIG = 1

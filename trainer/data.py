@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.config import DataConfig, read_command
+from trainer.command import read_command
+from trainer.config import DataConfig
 from trainer.corpus import Corpus, Document, split
 from trainer.errors import Refused, run_program
 from trainer.files import describe_files, digest_of, fill_directory, read_json, sha256_of_file, write_json

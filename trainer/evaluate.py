@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from trainer.config import EvaluateConfig, SampleConfig, read_command
+from trainer.command import read_command
+from trainer.config import EvaluateConfig, SampleConfig
 from trainer.data import END_OF_TEXT, Dataset, bytes_of_tokens
 from trainer.errors import Refused, run_program
 from trainer.export import load_package

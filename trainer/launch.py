@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.config import TrainConfig, read_command
+from trainer.command import read_command
+from trainer.config import TrainConfig
 from trainer.errors import INTERRUPTED, REFUSED, Failed, Interrupted, Refused, run_program
 
 _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR run=DIR [key=value …]"

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.config import GateConfig, PublishConfig, read_command
+from trainer.command import read_command
+from trainer.config import GateConfig, PublishConfig
 from trainer.errors import Refused, run_program
 from trainer.files import read_json, sha256_of_file
 from trainer.log import Log

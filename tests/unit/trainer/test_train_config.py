@@ -6,7 +6,8 @@ import pytest
 import yaml
 from programs_of_trainer import TRAIN
 
-from trainer.config import DataConfig, TrainConfig, load_config, read_command
+from trainer.command import load_config, read_command
+from trainer.config import DataConfig, TrainConfig
 from trainer.errors import Refused
 
 
