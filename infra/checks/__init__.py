@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 
 from infra.checks.autoscaling import metric_is_scraped, scaling_down_waits, target_can_be_reached
 from infra.checks.capacity import gang_fits_pool, pod_fits_node, ranks_match_gpus, replicas_fit_pool
 from infra.checks.cost import gpus_are_used, pools_are_used, within_budget
 from infra.checks.finding import Finding, Patch, Refused
+from infra.checks.grading import graded
+from infra.checks.manifest_sets import MANIFEST_CHECKS, SET_CHECKS, check_manifests
 from infra.checks.memory import context_fits_cache, replica_fits, training_fits
 from infra.checks.rollout import (
     checkpoints_are_worth_it,
@@ -29,7 +30,7 @@ from infra.checks.security import images_are_pinned, network_is_closed, stores_c
 from infra.checks.sharing import pool_holds_all, quota_holds_all
 from infra.checks.volumes import checkpoints_fit, packages_fit
 from infra.planner import Plan
-from infra.spec import Severity, Stack
+from infra.spec import Stack
 
 Check = Callable[[Stack, Plan], Iterator[Finding]]
 
@@ -46,10 +47,6 @@ def severities_name_codes(stack: Stack, _: Plan) -> Iterator[Finding]:
                 message="there is no finding of this code",
                 fix=f"the nearest are {', '.join(near)}" if near else "docs/checks.md lists them",
             )
-
-
-def _first_paragraph(rule: Check) -> str:
-    return " ".join((rule.__doc__ or "").partition("\n\n")[0].split())
 
 
 CHECKS: tuple[Check, ...] = (
@@ -87,24 +84,22 @@ CHECKS: tuple[Check, ...] = (
     pools_are_used,
 )
 
-CODES: Mapping[str, str] = {
-    code: meaning.strip().rstrip(";.")
-    for rule in CHECKS
-    for code, meaning in re.findall(r"(SLW\d{3}): ((?:(?!SLW\d{3}: ).)+)", _first_paragraph(rule))
-}
-"""What each code means, as its rule's docstring says it: `CODE: MEANING`."""
+
+def codes_of(rule: Callable[..., Iterator[Finding]]) -> dict[str, str]:
+    """What each code of a rule means, as the first paragraph of its docstring says it: `CODE: MEANING; CODE: MEANING.`"""
+    said = " ".join((rule.__doc__ or "").partition("\n\n")[0].split())
+    found = re.findall(r"(SLW\d{3}): ((?:(?!SLW\d{3}: ).)+)", said)
+    return {code: meaning.strip().rstrip(";.") for code, meaning in found}
+
+
+CODES: Mapping[str, str] = dict(
+    sorted(item for rule in (*MANIFEST_CHECKS, *SET_CHECKS, *CHECKS) for item in codes_of(rule).items())
+)
 
 
 def check(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
     """All findings, errors first, with the severities that the stack's `checks` sets."""
     return graded([finding for rule in CHECKS for finding in rule(stack, plan)], stack.checks)
-
-
-def graded(findings: list[Finding], severities: Mapping[str, Severity]) -> tuple[Finding, ...]:
-    """Findings with the severities that were asked for, errors first; what is `off` is left out."""
-    wanted = [(finding, severities.get(finding.code, finding.severity)) for finding in findings]
-    kept = [replace(finding, severity=severity) for finding, severity in wanted if severity != "off"]
-    return tuple(sorted(kept, key=lambda finding: (finding.severity, finding.code, finding.where)))
 
 
 def enforce(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
@@ -115,4 +110,16 @@ def enforce(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
     return findings
 
 
-__all__ = ["CHECKS", "CODES", "Finding", "Patch", "Refused", "check", "enforce", "graded"]
+__all__ = [
+    "CHECKS",
+    "CODES",
+    "MANIFEST_CHECKS",
+    "SET_CHECKS",
+    "Finding",
+    "Patch",
+    "Refused",
+    "check",
+    "check_manifests",
+    "codes_of",
+    "enforce",
+]

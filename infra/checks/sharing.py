@@ -20,7 +20,8 @@ def pool_holds_all(stack: Stack, _: Plan) -> Iterator[Finding]:
     """SLW105: users of one pool that do not fit it together.
 
     A service that waits for its model holds the GPUs that the training which makes it waits for, for ever: an error. At full
-    scale they only wait for one another: a warning. Counted is the least number of nodes that could do, so that nothing is refused which some packing would hold.
+    scale they only wait for one another: a warning. Counted is the least number of nodes that could do, so that nothing is
+    refused which some packing would hold.
     """
     of_pool = pools(stack)
     for name, asked in demands(stack).items():
