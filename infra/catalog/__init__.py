@@ -1,6 +1,6 @@
 """Dated, sourced facts: GPUs, instance types, prices. TOML beside this file; an unknown name is an error, never a default.
 
-`$SLIPWAY_CATALOG` may name a TOML file of the user's, with the same tables (`[gpu.NAME]`, `[instance.NAME]`), whose entries
+`$SLIPWAY_CATALOG` may name a TOML file of the user's, with the same tables (`[gpu.NAME]`, `[instance.NAME]`, `[model.NAME]`), whose entries
 are added to these and replace those of the same name.
 """
 
@@ -55,6 +55,11 @@ class Instance:
     """fp32 GFLOP/s that this trainer reaches on one core, for pools without a GPU."""
     price: float | None = None
     """USD an hour on demand; None: not known."""
+    spot_share: float = 0.45
+    """Price of spot capacity over on demand."""
+    interruptions_per_h: float = 0.001
+    """Interruptions of one spot node in an hour."""
+    spot_source: str = "an assumption"
     price_source: str = "the user's catalogue"
     price_date: str = "undated"
 
@@ -79,6 +84,7 @@ def _tables() -> tuple[dict[str, Gpu], dict[str, Instance]]:
             "price_source": file["prices"].get(entry["cloud"], {}).get("source", "unknown"),
             "price_date": file["prices"].get(entry["cloud"], {}).get("date", "unknown"),
         }
+        | file["spot"].get(entry["cloud"], {})
         for name, entry in file["instance"].items()
     }
     if extra := os.environ.get("SLIPWAY_CATALOG"):
@@ -99,6 +105,23 @@ def gpus() -> dict[str, Gpu]:
 def instances() -> dict[str, Instance]:
     """All instance types by name."""
     return _tables()[1]
+
+
+@cache
+def models() -> dict[str, dict[str, Any]]:
+    """Shapes of well-known decoders by name, as their Hugging Face config.json has them (models.toml, and `[model.NAME]` tables of
+    the user's catalogue)."""
+    known: dict[str, Any] = tomllib.loads((HERE / "models.toml").read_text())
+    if extra := os.environ.get("SLIPWAY_CATALOG"):
+        known |= tomllib.loads(Path(extra).read_text()).get("model", {})
+    return known
+
+
+def model(name: str) -> dict[str, Any]:
+    """The shape of the model called `name`. Raises ValueError with the nearest names."""
+    if name not in models():
+        raise ValueError(unknown("model", name, models()))
+    return models()[name]
 
 
 def gpu(name: str) -> Gpu:

@@ -93,7 +93,7 @@ class InferenceService(pulumi.ComponentResource):
         surge, unavailable = (1, 0) if service.surge else (0, 1)
         return apps.DeploymentSpecArgs(
             # Under an autoscaler the number of replicas is its own: a written one would fight it (pulumi-kubernetes#2491).
-            replicas=None if service.autoscaling else service.replicas,
+            replicas=None if service.autoscaling else service.fixed_replicas,
             selector=LabelSelectorArgs(match_labels=self.labels),
             strategy=apps.DeploymentStrategyArgs(
                 type="RollingUpdate",

@@ -15,7 +15,7 @@ from infra.planner.run import Run
 from infra.planner.serve_memory import cache, weight_bytes
 from infra.planner.serve_time import Server
 from infra.planner.train_memory import CONTEXT_GIB, memory
-from infra.planner.train_time import step_time, tokens_per_s_per_gpu
+from infra.planner.train_time import hardware_flops_share, step_time, tokens_per_s_per_gpu
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _training(point: Point) -> Predict:
     run = points.run_of(point)
     framework = points.framework_for(point)
     shape, layout = run.shape, run.layout
-    recompute = {"full": 4 / 3, "every-2nd": 7 / 6}.get(run.recompute, 1.0)
+    recompute = hardware_flops_share(run)
 
     def rate() -> float:
         """Tokens a second of one GPU."""

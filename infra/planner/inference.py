@@ -1,16 +1,26 @@
-"""What a service needs: memory of a replica, the tokens that its cache holds, the time to load."""
+"""What a service needs: memory of a replica, the tokens that its cache holds, latency under its traffic, the time to load."""
 
 from dataclasses import dataclass
 
-from infra.catalog import Instance, gpu
+from infra.catalog import Instance, models
 from infra.planner.estimate import GIB, Estimate, total
+from infra.planner.machine import gpu_on
+from infra.planner.serve_memory import FORMATS, NON_TORCH_GIB, NON_TORCH_TP_GIB, activation_bytes, weight_bytes
+from infra.planner.serve_time import Server
 from infra.planner.shape import Shape
-from infra.spec import Service, Training
+from infra.planner.simulate import Latency, Load, Room, simulate
+from infra.planner.train_memory import CONTEXT_GIB
+from infra.spec import Service, Slo, Traffic, Training
 
 # One measured cold start, split: engine start and bootstrap, and reading weights (a 5.6 GB image and package over the network).
 START_S = 20
 LOAD_GB_PER_S = 0.5
-RUNTIME_GIB = {"gpu": 1.5, "cpu": 0.45}
+CPU_RUNTIME_GIB = 0.45
+"""torch's own pages in a server on a CPU."""
+STEP_TOKENS = 2048
+"""Tokens of a server's largest step: it sizes activations, and prompts are prefilled in chunks of what decoding leaves of it."""
+MOST_REPLICAS = 4096
+"""Where a search for replicas gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,45 +41,140 @@ class ServicePlan:
     """Time until a replica can answer, seconds, once its pod has started."""
     usd_per_h: tuple[float, float] | None
     """Price of the nodes that the replicas fill, least and most; None when not known."""
+    ttft_p50_s: float | None
+    """Time to first token under `traffic` shared by the most replicas, simulated; None without traffic, or on a CPU."""
+    ttft_p95_s: float | None
+    tpot_p50_s: float | None
+    """Time per output token after the first."""
+    tpot_p95_s: float | None
+    keeps_up: bool | None
+    """The replicas serve the traffic without a growing queue."""
+    usd_per_mtok: float | None
+    """Price of a million output tokens at the traffic given; None when not known."""
+    scale_up_s: int
+    """From the moment that more load comes to one replica more that answers, where a node is there: scrape, decision, load."""
+
+
+SCRAPE_S = 15
+DECIDE_S = 15
+"""The HPA's loop; with the scrape before it, what passes before a replica is asked for."""
 
 
 def plan_service(service: Service, *, training: Training | None, instance: Instance) -> ServicePlan:
     """Estimate one service; `training` is the run that makes its model, where this stack has it."""
     limit = (
-        gpu(instance.gpu).memory_gib * service.gpus if instance.gpu and service.gpus else service.resources.memory_gib
+        gpu_on(instance).memory_gib * service.gpus if instance.gpu and service.gpus else service.resources.memory_gib
     )
-    per_node = replicas_per_node(service, instance=instance)
-    nodes = tuple(-(-n // per_node) for n in (service.least_replicas, service.most_replicas)) if per_node else None
-    usd = None if instance.price is None or nodes is None else (nodes[0] * instance.price, nodes[1] * instance.price)
-    weights, kv_tokens, length = None, None, service.max_model_len
-    if training:
+    shape = shape_of(service, training=training)
+    kv_tokens, length, memory, latency, weights = None, service.max_model_len, None, None, 0.0
+    if shape:
+        memory = replica_memory(service, shape=shape, instance=instance)
+        weights = memory.parts["weights"] * GIB
         width = value_bytes(service, on_gpu=instance.gpu is not None)
-        shape = Shape.of(training.model, vocab_size=training.data.vocab_size)
-        weights = shape.parameters * width
         kv_tokens = int(service.kv_gib * GIB // shape.kv_bytes_per_token(bytes_per_value=width))
-        length = service.max_model_len or training.model.max_context
+        length = service.max_model_len or (training.model.max_context if training else None)
+        if service.traffic and instance.gpu and service.gpus:
+            latency = latency_of(
+                service, traffic=service.traffic, shape=shape, instance=instance, replicas=service.most_replicas
+            )
+    usd = _usd_per_h(service, instance=instance)
+    load_s = service.load_s or START_S + int(weights / (LOAD_GB_PER_S * 1e9))
     return ServicePlan(
         name=service.name,
         pool=service.pool,
         replicas=(service.least_replicas, service.most_replicas),
-        memory=None
-        if weights is None
-        else total(
-            "GiB",
-            {
-                "weights": weights / GIB,
-                "KV cache": service.kv_gib,
-                "runtime": RUNTIME_GIB["gpu" if service.gpus else "cpu"],
-            },
-            "the KV cache is given in bytes and never grows",
-        ),
+        memory=memory,
         memory_limit_gib=limit,
         kv_tokens=kv_tokens,
         max_model_len=length,
         concurrency=None if kv_tokens is None or length is None else kv_tokens / length,
-        load_s=service.load_s or START_S + int((weights or 0) / (LOAD_GB_PER_S * 1e9)),
+        load_s=load_s,
         usd_per_h=usd,
+        ttft_p50_s=latency.ttft_p50_s if latency else None,
+        ttft_p95_s=latency.ttft_p95_s if latency else None,
+        tpot_p50_s=latency.tpot_p50_s if latency else None,
+        tpot_p95_s=latency.tpot_p95_s if latency else None,
+        keeps_up=latency.keeps_up if latency else None,
+        usd_per_mtok=_usd_per_mtok(usd[1], service.traffic) if usd and service.traffic else None,
+        scale_up_s=SCRAPE_S + DECIDE_S + load_s,
     )
+
+
+def shape_of(service: Service, *, training: Training | None) -> Shape | None:
+    """Shape of the model that is served: of the stack's own training, or by its name in the catalogue; None when not known."""
+    if training:
+        return Shape.of(training.model, vocab_size=training.data.vocab_size)
+    known = models().get(service.model)
+    return Shape.from_config(known) if known else None
+
+
+def replica_memory(service: Service, *, shape: Shape, instance: Instance) -> Estimate:
+    """Memory of one replica over all its GPUs, GiB."""
+    on_gpu = bool(instance.gpu and service.gpus)
+    form = FORMATS["bf16" if value_bytes(service, on_gpu=instance.gpu is not None) == 2 else "fp32"]
+    gpus = max(service.gpus, 1)
+    parts = {"weights": gpus * weight_bytes(shape, form=form, tp=gpus) / GIB, "KV cache": service.kv_gib}
+    if on_gpu:
+        peak = activation_bytes(shape, tokens=STEP_TOKENS, sequences=service.max_num_seqs, tp=gpus)
+        parts["activations"] = gpus * peak / GIB
+        parts["runtime"] = gpus * (CONTEXT_GIB + (NON_TORCH_TP_GIB if gpus > 1 else NON_TORCH_GIB))
+    else:
+        parts["runtime"] = CPU_RUNTIME_GIB
+    return total("GiB", parts, "the KV cache is given in bytes and never grows", f"weights in {form.name}")
+
+
+def server_of(service: Service, *, shape: Shape, instance: Instance) -> tuple[Server, Room]:
+    """A replica as the simulation sees it: tensor parallel over its GPUs."""
+    width = value_bytes(service, on_gpu=True)
+    server = Server(
+        shape=shape,
+        gpu=gpu_on(instance),
+        form=FORMATS["bf16" if width == 2 else "fp32"],
+        tp=service.gpus,
+        kv_bytes=width,
+        node=instance.gpus,
+    )
+    tokens = service.kv_gib * GIB / shape.kv_bytes_per_token(bytes_per_value=width)
+    return server, Room(cache_tokens=tokens, sequences=service.max_num_seqs, batched_tokens=STEP_TOKENS)
+
+
+def latency_of(service: Service, *, traffic: Traffic, shape: Shape, instance: Instance, replicas: int) -> Latency:
+    """Latency when `replicas` share the traffic evenly."""
+    server, room = server_of(service, shape=shape, instance=instance)
+    return simulate(server, load=load_of(traffic, replicas=replicas), room=room)
+
+
+def load_of(traffic: Traffic, *, replicas: int) -> Load:
+    return Load(
+        rps=traffic.rps / replicas,
+        prompt_tokens=traffic.prompt_tokens,
+        output_tokens=traffic.output_tokens,
+        spread=traffic.spread,
+    )
+
+
+def meets(latency: Latency, slo: Slo) -> bool:
+    """The replicas keep up, and the 95th percentiles are within what is asked."""
+    tpot = slo.tpot_p95_s is None or latency.tpot_p95_s <= slo.tpot_p95_s
+    return latency.keeps_up and latency.ttft_p95_s <= slo.ttft_p95_s and tpot
+
+
+def replicas_for(server: Server, *, room: Room, traffic: Traffic, slo: Slo, at_least: int = 1) -> int | None:
+    """The fewest replicas that meet `slo`; None when even one request at a time does not, or more than `MOST_REPLICAS` are needed."""
+
+    def enough(replicas: int) -> bool:
+        return meets(simulate(server, load=load_of(traffic, replicas=replicas), room=room, requests=200), slo)
+
+    high = max(at_least, 1)
+    while not enough(high):
+        high *= 2
+        if high > MOST_REPLICAS:
+            return None
+    low = max(high // 2, at_least - 1)  # not enough, or below what is asked for
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def value_bytes(service: Service, *, on_gpu: bool) -> int:
@@ -86,3 +191,15 @@ def replicas_per_node(service: Service, *, instance: Instance) -> int:
     if service.gpus:
         fits.append(instance.gpus // service.gpus)
     return int(min(fits))
+
+
+def _usd_per_h(service: Service, *, instance: Instance) -> tuple[float, float] | None:
+    per_node = replicas_per_node(service, instance=instance)
+    if instance.price is None or not per_node:
+        return None
+    least, most = (-(-n // per_node) * instance.price for n in (service.least_replicas, service.most_replicas))
+    return least, most
+
+
+def _usd_per_mtok(usd_per_h: float, traffic: Traffic) -> float:
+    return usd_per_h / (traffic.rps * traffic.output_tokens * 3600) * 1e6

@@ -107,6 +107,8 @@ class Kernels:
     """Pipeline stages are cut so that the output head counts as work (nanotron); else layers are cut evenly."""
     unsharded_pipeline: bool = True
     """FSDP inside a pipeline keeps gathered weights and whole gradients over the micro-batches (torchtitan)."""
+    bucket_view: bool = False
+    """DDP's buckets are where the gradients live (`gradient_as_bucket_view`), and no copy of them."""
     collectives_per_block: int = 1
     """Messages that a block's sharded weights travel in."""
     fp8: bool = False
@@ -127,6 +129,8 @@ class Run:
     reduce_bytes: int = 4
     """Bytes of a gradient on the wire."""
     kernels: Kernels = field(default=Kernels())
+    value_bytes: int = 2
+    """Bytes of an activation."""
     trained: int | None = None
     """Parameters that are trained; None: all. LoRA trains few, and the frozen ones keep only bf16 weights."""
 

@@ -99,8 +99,9 @@ def stage_memory(run: Run, *, stage: int) -> dict[str, float]:
     if run.trained is not None:
         state += 2 * parameters / (layout.shards if layout.zero == 3 else 1)
     split, whole = layer_bytes(run)
-    working_layer = run.tokens * (split / layout.tp + whole)
-    kept = run.tokens * kept_bytes(run) * layers * in_flight(run, stage=stage)
+    wide = run.value_bytes / 2
+    working_layer = wide * run.tokens * (split / layout.tp + whole)
+    kept = wide * run.tokens * kept_bytes(run) * layers * in_flight(run, stage=stage)
     # Backward of one layer: what was dropped is there again, with the gradients of about half of it; compiled code fuses those.
     again = working_layer if run.recompute in ("matmul", "every-2nd", "full") else 0
     transient = again + working_layer * (0.25 if run.kernels.fused else 0.5)
@@ -130,7 +131,7 @@ def _gathered(run: Run, *, parameters: float, ends: float) -> float:
         return 2 * 2 * block + (2 + run.reduce_bytes) * block + 2 * ends
     if layout.zero == 2 and layout.fsdp > 1:
         return 2 * parameters + (2 + run.reduce_bytes) * block
-    if layout.batch_ranks > 1 and run.states.master == 0:
+    if layout.batch_ranks > 1 and run.states.master == 0 and not run.kernels.bucket_view:
         return 4 * (run.trained or parameters)  # DDP's buckets are a second copy of the gradients
     return 0
 

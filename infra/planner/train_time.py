@@ -215,5 +215,10 @@ def _not_hidden(comm: float, compute: float, *, overlap: bool) -> float:
     return max(comm - compute, 0) + CONTENTION * min(comm, compute)
 
 
+def hardware_flops_share(run: Run) -> float:
+    """FLOPs that the hardware does over those of the model (HFU over MFU): a third more where every layer runs forward twice."""
+    return {"full": 4 / 3, "every-2nd": 7 / 6, "matmul": 1 + _products_again(run) / 3}.get(run.recompute, 1.0)
+
+
 def tokens_per_s_per_gpu(run: Run, step_s: float) -> float:
     return run.tokens_per_step / step_s / run.layout.gpus

@@ -1,20 +1,27 @@
-"""What a training run needs: memory of a rank, time, price. Data-parallel ranks, each with the whole model."""
+"""What a training run needs: memory of a rank, time, price on demand and on spot capacity."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
-from infra.catalog import Instance, gpu
-from infra.planner.estimate import GIB, Estimate, total
+from infra.catalog import Instance
+from infra.planner import cpu
+from infra.planner.estimate import Estimate
+from infra.planner.machine import gpu_on
+from infra.planner.run import FP32, Kernels, Layout, Recompute, Run, check_layout
 from infra.planner.shape import Shape
-from infra.spec import NodePool, Training
+from infra.planner.spot import best_interval_s, interrupted, save_s
+from infra.planner.train_memory import memory
+from infra.planner.train_time import hardware_flops_share, step_time
+from infra.spec import NodePool, Parallelism, Training
 
-STATE_BYTES = 16
-"""fp32 master weight, gradient and two Adam moments a parameter: DDP without sharding (ZeRO, sec. 3, with fp32 gradients)."""
+TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True)
+"""How this repository's trainer runs a step: eager PyTorch, its own RMSNorm, loss over fp32 logits."""
 
-GPU_EFFICIENCY = 0.40
-"""Share of peak bf16 FLOP/s that a dense decoder of this trainer reaches: eager DDP, flash attention."""
+RECOMPUTE: dict[str, Recompute] = {"none": "none", "selective": "matmul", "full": "full"}
+"""What a stack calls it, and what the planner does."""
 
-RUNTIME_GIB = {"gpu": 1.0, "cpu": 0.45}
-"""CUDA context, NCCL and allocator slack of a rank; torch's own pages on a CPU."""
+FP32_SPEED = 0.5
+"""Peak of TF32 products over bf16's (data sheets of A100 and H100)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +29,32 @@ class TrainingPlan:
     name: str
     pool: str
     ranks: int
+    layout: str
+    """`dp 16`, `fsdp 8 · tp 2`: how the ranks share the work."""
     parameters: int
     tokens: int
     memory: Estimate
     """Peak of one rank, GiB."""
     memory_limit_gib: float
     """What one rank may use: the GPU's memory, or its share of the pod's."""
+    step: Estimate
+    """Time of one optimizer step, seconds."""
     hours: Estimate
     tokens_per_s: float
     mfu: float | None
-    """Model FLOPs utilisation against dense bf16 peak, full attention; None on a CPU, whose peak is not known."""
+    """Model FLOPs utilisation against dense bf16 peak, full attention (PaLM); None on a CPU, whose peak is not known."""
+    hfu: float | None
+    """With what is computed again."""
     usd: float | None
     """Price of the run on demand; None when an instance has no price."""
+    usd_spot: float | None
+    """With the restarts that interruptions cost; None where no price is known or the run would hardly end."""
+    hours_spot: float | None
+    interruptions: float
+    """Expected on spot capacity."""
+    best_checkpoint_s: float
+    """Interval between checkpoints that costs the least under the assumed rate of interruptions (Young 1974)."""
+    best_checkpoint_steps: int
 
 
 def ranks_per_node(training: Training, instance: Instance) -> int:
@@ -41,70 +62,126 @@ def ranks_per_node(training: Training, instance: Instance) -> int:
     return training.nproc_per_node or instance.gpus or 1
 
 
+def layout_of(parallelism: Parallelism, *, ranks: int) -> Layout:
+    """The layout that a stack declares, replicas filling up what is left. Raises ValueError when it does not divide the ranks."""
+    inside = parallelism.fsdp * parallelism.tp * parallelism.pp * parallelism.cp
+    if ranks % inside:
+        near = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        raise ValueError(
+            f"fsdp × tp × pp × cp = {inside} does not divide {ranks} ranks; the nearest that does is "
+            f"{min(near, key=lambda n: (abs(n - inside), n))}"
+        )
+    return Layout(
+        dp=ranks // inside,
+        fsdp=parallelism.fsdp,
+        tp=parallelism.tp,
+        pp=parallelism.pp,
+        cp=parallelism.cp,
+        vpp=parallelism.vpp,
+        zero=3 if parallelism.fsdp > 1 else 0,
+    )
+
+
+def run_of(training: Training, *, ranks: int) -> Run:
+    """The run that the training declares, on GPUs. Raises ValueError for a layout that the model does not allow."""
+    shape = Shape.of(training.model, vocab_size=training.data.vocab_size)
+    layout = layout_of(training.layout, ranks=ranks)
+    check_layout(shape, layout)
+    return Run(
+        shape=shape,
+        seq=training.seq,
+        micro_batch=training.micro_batch,
+        micro_batches=-(-training.global_batch // (training.micro_batch * layout.batch_ranks)),
+        layout=layout,
+        recompute=RECOMPUTE[training.layout.recompute],
+        states=FP32,
+        kernels=TRAINER,
+        value_bytes=4 if training.dtype == "float32" else 2,
+    )
+
+
 def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> TrainingPlan:
-    """Estimate a run on `training.nodes` nodes of `pool`."""
-    per_node = ranks_per_node(training, instance)
-    ranks = training.nodes * per_node
+    """Estimate a run on `training.nodes` nodes of `pool`. Raises ValueError for a layout that cannot be."""
+    ranks = training.nodes * ranks_per_node(training, instance)
     tokens = training.steps * training.global_batch * training.seq
-    tokens_per_s, mfu, why = _speed(training, instance=instance, ranks=ranks)
-    hours = Estimate(value=tokens / tokens_per_s / 3600, unit="h", assumptions=(why,))
-    usd = None if instance.price is None else instance.price * training.nodes * hours.value
+    if instance.gpu is None:
+        speed = cpu.tokens_per_s(training, instance=instance)
+        why = f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)"
+        step_s = training.global_batch * training.seq / speed
+        step = Estimate(value=step_s, unit="s", parts={"compute": step_s}, assumptions=(why,))
+        peak, limit, layout, mfu, hfu = (
+            cpu.memory(training),
+            _pod_limit_gib(training, instance),
+            f"dp {ranks}",
+            None,
+            None,
+        )
+    else:
+        run, gpu = run_of(training, ranks=ranks), gpu_on(instance)
+        step = _gpu_step(run, training=training, instance=instance)
+        peak, limit, layout = memory(run, statistic="device"), gpu.memory_gib, describe(run.layout)
+        flops = run.shape.flops_per_token(seq=training.seq) * run.tokens_per_step
+        mfu = flops / step.value / ranks / (gpu.tflops_bf16 * 1e12)
+        hfu = mfu * hardware_flops_share(run)
+    hours = training.steps * step.value / 3600
+    why = step.assumptions if instance.gpu is None else (f"{step.value:.3g} s a step", *step.assumptions)
     return TrainingPlan(
         name=training.name,
         pool=pool.name,
         ranks=ranks,
+        layout=layout,
         parameters=Shape.of(training.model, vocab_size=training.data.vocab_size).parameters,
         tokens=tokens,
-        memory=memory(training, on_gpu=instance.gpu is not None),
-        memory_limit_gib=memory_limit_gib(training, instance=instance),
-        hours=hours,
-        tokens_per_s=tokens_per_s,
+        memory=peak,
+        memory_limit_gib=limit,
+        step=step,
+        hours=Estimate(value=hours, unit="h", assumptions=why),
+        tokens_per_s=training.global_batch * training.seq / step.value,
         mfu=mfu,
-        usd=usd,
-    )
-
-
-def memory(training: Training, *, on_gpu: bool) -> Estimate:
-    """Peak memory of one rank, GiB: states, activations without recomputation, logits, runtime.
-
-    Activations a layer: s·b·h·(34 → 18 + 4f/h) bytes at 2 bytes a value with flash attention (Korthikanti et al. 2022,
-    with the gated MLP's width), twice that in fp32; eager cross-entropy keeps about 12 bytes a logit.
-    """
-    model, wide = training.model, 2 if on_gpu else 4
-    tokens = training.micro_batch * training.seq
-    layer = tokens * model.hidden * (18 + 4 * model.ffn / model.hidden) * wide / 2
-    n = Shape.of(model, vocab_size=training.data.vocab_size).parameters
-    return total(
-        "GiB",
-        {
-            "weights, gradients, optimizer": n * STATE_BYTES / GIB,
-            "gradient buckets": n * 4 / GIB,
-            "activations": model.layers * layer / GIB,
-            "logits": 12 * tokens * training.data.vocab_size / GIB,
-            "runtime": RUNTIME_GIB["gpu" if on_gpu else "cpu"],
-        },
-        f"{STATE_BYTES} bytes of state a parameter (DDP, fp32 master, AdamW)",
-        "no recomputation, attention that stores no scores (Korthikanti et al. 2022)",
+        hfu=hfu,
+        **_price(training, instance=instance, hours=hours, step_s=step.value),  # pyright: ignore[reportArgumentType]
     )
 
 
 def memory_limit_gib(training: Training, *, instance: Instance) -> float:
     """What one rank may use, GiB."""
-    if instance.gpu is not None:
-        return gpu(instance.gpu).memory_gib
+    return _pod_limit_gib(training, instance) if instance.gpu is None else gpu_on(instance).memory_gib
+
+
+def _pod_limit_gib(training: Training, instance: Instance) -> float:
     pod = training.resources.memory_gib if training.resources else instance.allocatable_gib
     return pod / ranks_per_node(training, instance)
 
 
-def _speed(training: Training, *, instance: Instance, ranks: int) -> tuple[float, float | None, str]:
-    flops = Shape.of(training.model, vocab_size=training.data.vocab_size).flops_per_token(seq=training.seq)
-    if instance.gpu is not None:
-        rate = ranks * gpu(instance.gpu).tflops_bf16 * 1e12 * GPU_EFFICIENCY
-        return rate / flops, GPU_EFFICIENCY, f"{GPU_EFFICIENCY:.0%} of dense bf16 peak"
-    cpus = min(instance.cpus, training.nodes * (training.resources.cpus if training.resources else instance.cpus))
-    rate = cpus * instance.gflops_per_cpu * 1e9
-    return (
-        rate / flops,
-        None,
-        f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)",
-    )
+def _gpu_step(run: Run, *, training: Training, instance: Instance) -> Estimate:
+    gpu = gpu_on(instance)
+    if training.dtype == "float32":
+        gpu = replace(gpu, tflops_bf16=gpu.tflops_bf16 * FP32_SPEED)
+    return step_time(run, gpu=gpu, node=instance.gpus)
+
+
+def describe(layout: Layout) -> str:
+    """`fsdp 8 · tp 2`: the dimensions above one."""
+    sizes = (("dp", layout.dp), ("fsdp", layout.fsdp), ("tp", layout.tp), ("pp", layout.pp), ("cp", layout.cp))
+    return " · ".join(f"{name} {size}" for name, size in sizes if size > 1) or "dp 1"
+
+
+def _price(training: Training, *, instance: Instance, hours: float, step_s: float) -> dict[str, float | int | None]:
+    """Fields of `TrainingPlan` about money and interruptions."""
+    parameters = Shape.of(training.model, vocab_size=training.data.vocab_size).parameters
+    save, rate = save_s(parameters=parameters, nodes=training.nodes), instance.interruptions_per_h * training.nodes
+    spot = interrupted(hours=hours, interval_s=training.checkpoint.every_steps * step_s, save=save, rate_per_h=rate)
+    best_s = min(best_interval_s(save=save, mean_between_s=3600 / rate), hours * 3600)
+    per_h = None if instance.price is None else instance.price * training.nodes
+    on_demand = None if per_h is None else per_h * hours
+    ends = isfinite(spot.hours)
+    on_spot = per_h * instance.spot_share * spot.hours if per_h is not None and ends else None
+    local = instance.cloud == "local"
+    return {
+        "usd": on_demand,
+        "usd_spot": None if local else on_spot,
+        "hours_spot": spot.hours if ends and not local else None,
+        "interruptions": 0.0 if local else min(spot.interruptions, 1e9),
+        "best_checkpoint_s": best_s,
+        "best_checkpoint_steps": max(round(best_s / step_s), 1),
+    }

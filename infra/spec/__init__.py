@@ -2,9 +2,9 @@
 
 from infra.spec.load import StackError, load, parse, read
 from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
-from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service
+from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Traffic
 from infra.spec.stack import Severity, Stack, schema, unknown
-from infra.spec.training import Data, Evaluate, Gate, ModelShape, Optim, PodResources, Training
+from infra.spec.training import Data, Evaluate, Gate, ModelShape, Optim, Parallelism, PodResources, Training
 
 __all__ = [
     "Autoscaling",
@@ -18,6 +18,7 @@ __all__ = [
     "NodePool",
     "Objectives",
     "Optim",
+    "Parallelism",
     "Platform",
     "PodResources",
     "Quota",
@@ -25,10 +26,12 @@ __all__ = [
     "Router",
     "Service",
     "Severity",
+    "Slo",
     "Stack",
     "StackError",
     "Storage",
     "Tenancy",
+    "Traffic",
     "Training",
     "load",
     "parse",

@@ -50,7 +50,8 @@ class NodePool(Spec):
     name: Name
     """Name that training and services refer to."""
     instance: str
-    """Instance type of the catalogue: `p5.48xlarge`; `cpu` for machines without a GPU in a local stack."""
+    """Instance type of the catalogue: `p5.48xlarge`; `cpu` for machines without a GPU in a local stack. `auto`: the cheapest of
+    the platform's cloud that trains within `training.deadline_h`, or serves `traffic` within `slo`."""
     min_nodes: NonNegativeInt = 0
     """Nodes that are kept when nothing runs."""
     max_nodes: PositiveInt = 1

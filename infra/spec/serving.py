@@ -1,10 +1,12 @@
 """What is served: inference services, their autoscaling, the router in front, monitoring."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from infra.spec.base import (
+    OR_AUTO,
+    Auto,
     Misplaced,
     Name,
     NonNegativeFloat,
@@ -35,6 +37,28 @@ class Autoscaling(Spec):
         return self
 
 
+class Traffic(Spec):
+    """Requests that a service is sized for."""
+
+    rps: PositiveFloat
+    """Requests a second at the peak, arriving at random."""
+    prompt_tokens: PositiveInt = 512
+    """Mean length of a prompt."""
+    output_tokens: PositiveInt = 128
+    """Mean length of an answer."""
+    spread: NonNegativeFloat = 0.5
+    """Standard deviation of the lengths over their mean (log-normal); 0: all alike."""
+
+
+class Slo(Spec):
+    """Latency that the planner sizes a service for; each at the 95th percentile."""
+
+    ttft_p95_s: PositiveFloat = 1.0
+    """Time to first token, seconds."""
+    tpot_p95_s: PositiveFloat | None = None
+    """Time per output token after the first, seconds; null: any."""
+
+
 class Service(Spec):
     name: Name
     """Name of the service."""
@@ -46,8 +70,12 @@ class Service(Spec):
     """Node pool that it runs on."""
     gpus: NonNegativeInt = 0
     """GPUs of one replica."""
-    replicas: PositiveInt = 1
-    """Replicas; with `autoscaling`, left to it."""
+    replicas: Annotated[Annotated[PositiveInt, Tag("given")] | Auto, OR_AUTO] = 1
+    """Replicas; with `autoscaling`, left to it. `auto`: the fewest that meet `slo` under `traffic`."""
+    traffic: Traffic | None = None
+    """What it is sized for; with it the plan tells latency and the price of a million tokens."""
+    slo: Slo = Slo()
+    """Latency that `auto` sizes for."""
     autoscaling: Autoscaling | None = None
     """Scale on requests in flight; null: a fixed number of replicas."""
     resources: PodResources
@@ -70,12 +98,18 @@ class Service(Spec):
     """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
 
     @property
+    def fixed_replicas(self) -> int:
+        """`replicas`, once the planner has chosen what was left to it."""
+        assert isinstance(self.replicas, int), "resolve the stack first (infra.planner.resolve)"
+        return self.replicas
+
+    @property
     def least_replicas(self) -> int:
-        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
+        return self.autoscaling.min_replicas if self.autoscaling else self.fixed_replicas
 
     @property
     def most_replicas(self) -> int:
-        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        return self.autoscaling.max_replicas if self.autoscaling else self.fixed_replicas
 
 
 class Router(Spec):

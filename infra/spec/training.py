@@ -1,10 +1,21 @@
 """What is trained: data, model shape, the run, how it is judged and where the result is published."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
-from infra.spec.base import Misplaced, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, Spec
+from infra.spec.base import (
+    OR_AUTO,
+    Auto,
+    Misplaced,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Spec,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["unigram", "trigram", "kneser_ney_5"]
@@ -135,6 +146,23 @@ class PodResources(Spec):
     """Memory requested and limit, GiB."""
 
 
+class Parallelism(Spec):
+    """How the ranks share the work; data-parallel replicas fill up what fsdp × tp × pp × cp leaves."""
+
+    fsdp: PositiveInt = 1
+    """Ranks that shard weights, gradients and optimizer (FSDP, ZeRO-3)."""
+    tp: PositiveInt = 1
+    """Ranks that split each matrix product (tensor and sequence parallel); divides the model's heads."""
+    pp: PositiveInt = 1
+    """Pipeline stages; at most the model's layers."""
+    cp: PositiveInt = 1
+    """Ranks that split a sequence."""
+    vpp: PositiveInt = 1
+    """Model chunks of a pipeline stage (interleaved 1F1B)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass."""
+
+
 class Training(Spec):
     name: Name
     """Name of the model: in the registry, in the API, in the names of the Jobs."""
@@ -144,6 +172,10 @@ class Training(Spec):
     """Pods, one a node: the gang."""
     nproc_per_node: PositiveInt | None = None
     """Ranks in a pod; null: one for each GPU of the pool's instance."""
+    parallelism: Annotated[Annotated[Parallelism, Tag("given")] | Auto, OR_AUTO] = Parallelism()
+    """How the ranks share the work; `auto`: the fastest that fits the memory. Left out: every rank has the whole model."""
+    deadline_h: PositiveFloat | None = None
+    """Hours within which the run must end: what `instance: auto` of its pool is chosen by."""
     resources: PodResources | None = None
     """CPU and memory of a pod; null: what the instance allows."""
     data: Data
@@ -176,6 +208,12 @@ class Training(Spec):
     """What it must reach to be published."""
     channel: Name = "production"
     """Registry channel that is moved to the new digest when the gate passes."""
+
+    @property
+    def layout(self) -> Parallelism:
+        """`parallelism`, once the planner has chosen what was left to it."""
+        assert isinstance(self.parallelism, Parallelism), "resolve the stack first (infra.planner.resolve)"
+        return self.parallelism
 
     @model_validator(mode="after")
     def _sequence_fits(self) -> Self:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from infra.catalog import gpus, instance, instances
 from infra.planner import plan, to_json
 from infra.planner.shape import Shape
-from infra.planner.training import memory
+from infra.planner.train_memory import memory
+from infra.planner.training import run_of
 from infra.spec import ModelShape, Training, load
 
 ROOT = Path(__file__).parents[3]
@@ -85,7 +86,7 @@ def with_training(**changes: object) -> Training:
 
 @given(micro=st.integers(1, 64), more=st.integers(1, 64))
 def test_memory_grows_with_the_micro_batch(micro: int, more: int) -> None:
-    small, large = (memory(with_training(micro_batch=n), on_gpu=True).value for n in (micro, micro + more))
+    small, large = (memory(run_of(with_training(micro_batch=n), ranks=16)).value for n in (micro, micro + more))
     assert small < large
 
 
