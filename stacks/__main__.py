@@ -31,6 +31,7 @@ from infra.spec import Stack
 def declare(stack: Stack) -> None:
     """The graph. Raises ValueError for a stack that cannot work, before anything is declared."""
     planned = plan(stack)
+    stack = planned.stack  # with plain values where it says `auto`
     findings = enforce(stack, planned)
 
     tenancy = Tenancy("tenancy", args.tenancy(stack))

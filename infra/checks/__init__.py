@@ -99,7 +99,7 @@ CODES: Mapping[str, str] = dict(
 
 def check(stack: Stack, plan: Plan) -> tuple[Finding, ...]:
     """All findings, errors first, with the severities that the stack's `checks` sets."""
-    return graded([finding for rule in CHECKS for finding in rule(stack, plan)], stack.checks)
+    return graded([finding for rule in CHECKS for finding in rule(plan.stack, plan)], stack.checks)
 
 
 def enforce(stack: Stack, plan: Plan) -> tuple[Finding, ...]:

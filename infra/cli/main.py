@@ -15,6 +15,7 @@ from infra.cli.estimate import estimate
 from infra.cli.plan import plan
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
 from infra.cli.reference import reference
+from infra.cli.size import size
 from infra.spec import StackError
 from infra.spec import schema as stack_schema
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(local.app, name="local")
 app.command()(plan)
 app.command()(estimate)
+app.command()(size)
 
 
 @app.command()

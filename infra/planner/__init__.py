@@ -3,6 +3,7 @@
 from infra.planner.estimate import Estimate
 from infra.planner.inference import ServicePlan
 from infra.planner.plan import Plan, PoolPlan, plan, to_json
+from infra.planner.resolve import Chosen, resolve
 from infra.planner.training import TrainingPlan
 
-__all__ = ["Estimate", "Plan", "PoolPlan", "ServicePlan", "TrainingPlan", "plan", "to_json"]
+__all__ = ["Chosen", "Estimate", "Plan", "PoolPlan", "ServicePlan", "TrainingPlan", "plan", "resolve", "to_json"]

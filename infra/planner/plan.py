@@ -5,6 +5,7 @@ from typing import Any
 
 from infra.catalog import instance
 from infra.planner.inference import ServicePlan, plan_service
+from infra.planner.resolve import Chosen, resolve
 from infra.planner.training import TrainingPlan, plan_training
 from infra.spec import NodePool, Stack
 
@@ -26,6 +27,10 @@ class PoolPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    stack: Stack
+    """The stack that was planned, with plain values where it says `auto`."""
+    chosen: tuple[Chosen, ...]
+    """What `auto` became, and why."""
     pools: tuple[PoolPlan, ...]
     training: TrainingPlan | None
     services: tuple[ServicePlan, ...]
@@ -41,10 +46,17 @@ class Plan:
 
 
 def plan(stack: Stack) -> Plan:
-    """Estimate everything that `stack` declares. Raises ValueError for an instance type or GPU that the catalogue lacks."""
+    """Choose what `stack` leaves to the planner and estimate everything that it declares.
+
+    Raises ValueError for an instance type or GPU that the catalogue lacks, and for a layout or an `auto` that cannot be.
+    """
+    resolved = resolve(stack)
+    stack = resolved.stack
     machine = {pool.name: instance(pool.instance) for pool in stack.node_pools}
     training = stack.training
     return Plan(
+        stack=stack,
+        chosen=resolved.chosen,
         pools=tuple(_plan_pool(pool) for pool in stack.node_pools),
         training=plan_training(training, pool=stack.pool(training.pool), instance=machine[training.pool])
         if training
@@ -71,4 +83,9 @@ def _plan_pool(pool: NodePool) -> PoolPlan:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for `plan.json` and `--json`."""
-    return asdict(plan)
+    return {
+        "chosen": [asdict(chosen) for chosen in plan.chosen],
+        "pools": [asdict(pool) for pool in plan.pools],
+        "training": asdict(plan.training) if plan.training else None,
+        "services": [asdict(service) for service in plan.services],
+    }
