@@ -1,6 +1,5 @@
 """Values of a stack file set in its text: comments, order and layout stay, byte for byte, outside of what is set."""
 
-import copy
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +30,7 @@ def difference(before: str, after: str, *, file: Path) -> str:
 def _set(text: str, path: list[str], value: Any) -> str:
     keys: list[str] = ["config", PREFIX + path[0], *path[1:]]
     edited = _edit(text, keys, value)
-    wanted = yaml.safe_load(text)
+    wanted = _unshared(yaml.safe_load(text))
     _assign(wanted, keys, value)
     try:
         right = yaml.safe_load(edited) == wanted
@@ -107,6 +106,13 @@ def _flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True).removesuffix("...\n").strip()
 
 
+def _unshared(value: Any) -> Any:
+    """`value` with a copy for each alias of an anchor."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in cast(dict[Any, Any], value).items()}
+    return [_unshared(inner) for inner in cast(list[Any], value)] if isinstance(value, list) else value
+
+
 def _assign(document: Any, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         if isinstance(document, list):
@@ -115,4 +121,4 @@ def _assign(document: Any, keys: list[str], value: Any) -> None:
             if document.get(key) is None:
                 document[key] = {}
             document = document[key]
-    document[keys[-1]] = copy.deepcopy(value)
+    document[keys[-1]] = value
