@@ -37,9 +37,30 @@ class DataConfig(Config):
     seed: int = 0
 
 
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+class RopeScaling(Config):
+    """Llama 3.1's: waves longer than `original_context` / `low_freq_factor` turn `factor` times slower."""
+
+    factor: float = Field(gt=1)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_context: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor {self.low_freq_factor:g}"
+            )
+        return self
+
+
 class ModelConfig(Config):
     """The shape of a Llama-family decoder; the size of the vocabulary comes with the dataset."""
 
+    family: Family = "llama"  # qwen2 adds biases before attention, qwen3 norms of queries and keys
     layers: int = Field(ge=1)
     hidden: int = Field(ge=2)
     heads: int = Field(ge=1)
@@ -49,6 +70,7 @@ class ModelConfig(Config):
     max_context: int = Field(ge=2)
     tied_embeddings: bool = True
     rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = Field(default=1e-5, gt=0)
 
     @property
@@ -90,9 +112,62 @@ class OptimConfig(Config):
         return self
 
 
+class ParallelConfig(Config):
+    """How the ranks share the work; their product is the world. `layout.py` holds it to the world and the model."""
+
+    dp_replicate: int | None = Field(default=None, ge=1)  # copies of the model; null: what the others leave of the world
+    dp_shard: int = Field(default=1, ge=1)  # ranks that share one copy's weights, gradients and moments (FSDP2)
+    cp: int = Field(default=1, ge=1)  # ranks that share a sequence
+    tp: int = Field(default=1, ge=1)  # ranks that share each matrix, and the sequence between matrices
+    pp: int = Field(default=1, ge=1)  # ranks that share the layers
+    pp_schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    pp_stages_per_rank: int = Field(default=2, ge=2)  # of the interleaved schedule
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _no_key_is_ignored(self) -> "ParallelConfig":
+        if "pp_stages_per_rank" in self.model_fields_set and (self.pp == 1 or self.pp_schedule == "1f1b"):
+            raise ValueError("pp_stages_per_rank is of the interleaved schedule; set pp above 1 and pp_schedule too")
+        if self.pp_schedule == "interleaved" and self.pp == 1:
+            raise ValueError("pp_schedule 'interleaved' without a pipeline; set pp above 1")
+        return self
+
+
+class LocalSgdConfig(Config):
+    """Replicas that train apart and meet every few steps (DiLoCo); see `local_sgd.py`."""
+
+    every_steps: int = Field(ge=1)
+    outer_lr: float = Field(default=0.7, gt=0)
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    fragments: int = Field(default=1, ge=1)  # of the model, each synchronised at a step of its own
+    overlap_steps: int = Field(default=0, ge=0)  # that go on while a fragment travels
+
+    @model_validator(mode="after")
+    def _fits_between(self) -> "LocalSgdConfig":
+        if self.fragments > self.every_steps:
+            raise ValueError(f"fragments {self.fragments} are more than every_steps {self.every_steps}; lower fragments")
+        if self.overlap_steps >= self.every_steps:
+            raise ValueError(
+                f"overlap_steps {self.overlap_steps} must be below every_steps {self.every_steps}: a fragment has to "
+                "arrive before it leaves again"
+            )
+        return self
+
+
+class RecoverConfig(Config):
+    """What to do with a loss or gradients that are not finite, with a spike, and with a collective that hangs."""
+
+    bad_step: Literal["stop", "skip"] = "stop"  # skip: back to the newest checkpoint, and past the batch
+    spike_factor: float | None = Field(default=None, gt=1)  # a loss this many times the running mean is bad too
+    max_skips: int = Field(default=3, ge=1)
+    hang_timeout_s: float = Field(default=600.0, gt=0)  # without a finished step: dump all stacks and start again
+
+
 class CheckpointConfig(Config):
     every_steps: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)  # of these steps all are kept
 
 
 class TrainConfig(Config):
@@ -104,6 +179,9 @@ class TrainConfig(Config):
     optim: OptimConfig
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
+    parallelism: ParallelConfig = ParallelConfig()
+    local_sgd: LocalSgdConfig | None = None
+    recover: RecoverConfig = RecoverConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
 
@@ -117,7 +195,7 @@ class TrainConfig(Config):
         return self
 
     def grad_accum(self, world: int) -> int:
-        """Micro-batches that each of `world` ranks adds up for one step. Raises Refused when that is not whole."""
+        """Micro-batches that each of `world` data-parallel ranks adds up for one step. Raises Refused when not whole."""
         share = self.micro_batch * world
         if self.global_batch % share == 0:
             return self.global_batch // share
@@ -132,8 +210,9 @@ class TrainConfig(Config):
         )
 
     def run_digest(self) -> str:
-        """Of all that decides the trained weights: how often a run logs or saves does not."""
-        return digest_of(self.model_dump(mode="json", exclude={"checkpoint", "log_every_steps"}))
+        """Of all that decides the trained weights, to rounding: not how often a run saves, nor who computes what."""
+        private = {"checkpoint", "log_every_steps", "micro_batch", "parallelism", "recover"}
+        return digest_of(self.model_dump(mode="json", exclude=private))
 
 
 class SampleConfig(Config):

@@ -1,5 +1,6 @@
-"""A Llama-family decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A decoder of the Llama family (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+Llama, Mistral, Qwen2 (biases before attention) and Qwen3 (norms of queries and keys) are one model with a switch or two.
 There is no parallel code here: `parallel.py` applies it from outside. The names of the parameters are those of the
 Hugging Face layout, so that a state dict is a model package's content as it stands.
 Sizes in shapes: B sequences, L positions, D hidden, H heads, K key/value heads, W width of a head, V vocabulary.
@@ -11,21 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, computed in float32 whatever the dtype of the input."""
-
-    def __init__(self, width: int, *, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        x = x_BLD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(x_BLD.dtype)
+from trainer.config import ModelConfig, RopeScaling
+from trainer.rms_norm import RMSNorm
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -36,34 +24,58 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """
     width = config.head_width
     frequencies = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(config.max_context, dtype=torch.float64), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).float(), torch.cat([-sin, sin], -1).float()
 
 
+def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's context extension: long waves `factor` times slower, short ones as they were, a ramp in between."""
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # over the context that the model was trained for
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
 def turn(x_BHLW: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021); pairs are (i, i + W/2), as Hugging Face's Llama has them."""
-    first, second = x_BHLW.chunk(2, -1)
-    return (x_BHLW * cos_LW + torch.cat((second, first), -1) * sin_LW).to(x_BHLW.dtype)
+    return (x_BHLW * cos_LW + x_BHLW.roll(x_BHLW.shape[-1] // 2, -1) * sin_LW).to(x_BHLW.dtype)
+
+
+def same_document(documents_BL: Tensor) -> Tensor:
+    """Who may look at whom, (B, 1, L, L): a position sees itself and what came before it in its own document."""
+    same_BLL = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
+    return same_BLL.tril_().unsqueeze(1)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.width, self.grouped = config.head_width, config.kv_heads != config.heads
-        self.q_proj = nn.Linear(config.hidden, config.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden, config.kv_heads * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden, config.kv_heads * self.width, bias=False)
+        bias = config.family == "qwen2"
+        self.q_proj = nn.Linear(config.hidden, config.heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden, config.kv_heads * self.width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden, config.kv_heads * self.width, bias=bias)
         self.o_proj = nn.Linear(config.heads * self.width, config.hidden, bias=False)
+        normed = config.family == "qwen3"
+        self.q_norm = RMSNorm(self.width, eps=config.norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.width, eps=config.norm_eps) if normed else None
 
-    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> Tensor:
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.width)).transpose(1, 2)
+    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+        """`mask_B1LL` is true where a position may look; without it each sees all that came before."""
 
-        q_BHLW = turn(heads(self.q_proj(x_BLD)), cos_LW, sin_LW)
-        k_BKLW = turn(heads(self.k_proj(x_BLD)), cos_LW, sin_LW)
+        def heads(projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
+            split_BLHW = projected.unflatten(-1, (-1, self.width))
+            return (split_BLHW if norm is None else norm(split_BLHW)).transpose(1, 2)
+
+        q_BHLW = turn(heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
+        k_BKLW = turn(heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
         v_BKLW = heads(self.v_proj(x_BLD))
-        y_BHLW = F.scaled_dot_product_attention(q_BHLW, k_BKLW, v_BKLW, is_causal=True, enable_gqa=self.grouped)
+        y_BHLW = F.scaled_dot_product_attention(
+            q_BHLW, k_BKLW, v_BKLW, attn_mask=mask_B1LL, is_causal=mask_B1LL is None, enable_gqa=self.grouped
+        )
         return self.o_proj(y_BHLW.transpose(1, 2).flatten(2))
 
 
@@ -88,8 +100,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LW, sin_LW)
+    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LW, sin_LW, mask_B1LL)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
@@ -105,26 +117,38 @@ class Backbone(nn.Module):
         self.register_buffer("cos_LW", cos_LW, persistent=False)
         self.register_buffer("sin_LW", sin_LW, persistent=False)
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
+    def forward(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
         length = tokens_BL.shape[1]
         cos_LW, sin_LW = self.cos_LW[:length], self.sin_LW[:length]
+        mask_B1LL = None if documents_BL is None else same_document(documents_BL)
         x_BLD = self.embed_tokens(tokens_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, cos_LW, sin_LW)
+            x_BLD = layer(x_BLD, cos_LW, sin_LW, mask_B1LL)
         return self.norm(x_BLD)
 
 
 class Decoder(nn.Module):
-    """Tokens in, logits out; with targets, the loss instead."""
+    """Tokens in, logits out; with targets, the loss instead.
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
+    With `labels` it is a classifier: `score` in the place of `lm_head` gives each position's logits of the classes, and
+    the targets have the class where a text ends.
+    """
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, labels: int | None = None) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.labels = config, vocab_size, labels
         self.model = Backbone(config, vocab_size=vocab_size)
-        self.lm_head = nn.Linear(config.hidden, vocab_size, bias=False)
-        if config.tied_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if labels is not None:
+            self.score = nn.Linear(config.hidden, labels, bias=False)
+        else:
+            self.lm_head = nn.Linear(config.hidden, vocab_size, bias=False)
+            if config.tied_embeddings:
+                self.lm_head.weight = self.model.embed_tokens.weight
         self._initialise()
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.lm_head if self.labels is None else self.score
 
     def _initialise(self) -> None:
         """Variance kept by every matrix (std 1/√inputs), and zero for what adds to the residual stream.
@@ -132,14 +156,19 @@ class Decoder(nn.Module):
         Each block begins as the identity, and the stream as the embeddings at a size that the first steps do not drown.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
-    def forward(self, tokens_BL: Tensor, targets_BL: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V); given targets, the mean cross-entropy in nats instead."""
-        logits_BLV = self.lm_head(self.model(tokens_BL))
+    def forward(
+        self, tokens_BL: Tensor, targets_BL: Tensor | None = None, documents_BL: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, L, V or labels); given targets, the mean cross-entropy in nats instead, of those that are not -100.
+
+        Given the number of the document that each position is of, no position sees another document.
+        """
+        logits_BLV = self.head(self.model(tokens_BL, documents_BL))
         if targets_BL is None:
             return logits_BLV
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
