@@ -31,7 +31,9 @@ def test_second_up_changes_nothing(served: Project) -> None:
     assert {process.pid for process in served.processes()} == before
     assert document["endpoint"] == served.endpoint
     assert document["evaluation"]["bits_per_byte"] < document["evaluation"]["baselines"]["unigram"]
-    assert len(document["curve"]) > 10
+    # Progress is told a few times a second, so how many points there are is the machine's.
+    assert max(map(int, document["curve"])) == 120
+    assert len(document["curve"]) >= 3
 
 
 def test_changes_run_only_what_they_touch(served: Project) -> None:

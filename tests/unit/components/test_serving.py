@@ -102,7 +102,7 @@ def test_replicas_spread_and_never_stay_pending_for_it(stack: Objects) -> None:
 def test_the_quota_is_what_the_pools_can_hold(prod: Objects, rendered: Callable[..., Objects]) -> None:
     key = "requests.nvidia.com/gpu"
     assert prod.one("ResourceQuota", "quota")["spec"]["hard"][key] == str(2 * 8 + 9)
-    assert rendered("prod", {"tenancy.quota": {"gpus": 4}}).one("ResourceQuota", "quota")["spec"]["hard"][key] == "4"
+    assert rendered("prod", {"tenancy.quota": {"gpus": 20}}).one("ResourceQuota", "quota")["spec"]["hard"][key] == "20"
 
 
 def matching(stack: Objects, selector: dict[str, Any]) -> list[Json]:
