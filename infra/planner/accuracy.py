@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, cast
 
-from infra.planner import points
+from infra.planner import point_runs, points
 from infra.planner.collectives import Collective, Group, collective_s
 from infra.planner.estimate import GIB
 from infra.planner.frameworks import Framework
@@ -150,14 +150,18 @@ def _collective(point: Point) -> Predict:
         for ending, scale in (("_us", 1e6), ("_ms", 1e3), ("_s", 1.0)):
             if quantity.endswith(ending) and not re.search("gb|bw|bytes", quantity):
                 return seconds * scale
+        timed = any(re.search(r"_(us|ms|s)$", key) and not re.search("gb|bw", key) for key in point.measured)
+        if "bw" in quantity and not timed:  # nothing but a bandwidth was published
+            algorithm = float(given["bytes"]) / seconds / 1e9
+            return algorithm if "alg" in quantity else algorithm * 2 * (group.size - 1) / group.size
         return None
 
     return predict
 
 
 def _training(point: Point) -> Predict:
-    run = points.run_of(point)
-    framework = points.framework_for(point)
+    run = point_runs.run_of(point)
+    framework = point_runs.framework_for(point)
     shape, layout = run.shape, run.layout
     recompute = hardware_flops_share(run)
 
@@ -179,7 +183,7 @@ def _training(point: Point) -> Predict:
             used = memory(run, statistic="allocated").value + CONTEXT_GIB
             return (used > points.device_gib_of(point)) == (quantity == "oom")
         if re.search(
-            r"(peak|max|reserved|allocated|mem).*_(gib|gb|mib|mb)\b|(gib|gb|mib|mb).*(peak|reserved|allocated)",
+            r"(peak|max|reserved|allocated|mem|vram|hbm).*_(gib|gb|mib|mb)\b|(gib|gb|mib|mb).*(peak|reserved|allocated)",
             quantity,
         ):
             return _memory(point, run, quantity, framework=framework)
@@ -187,9 +191,9 @@ def _training(point: Point) -> Predict:
             return rate() * _gpus_counted(point, quantity)
         if re.search(r"(samples?|seqs?|sequences?)_per_s", quantity):
             return rate() * _gpus_counted(point, quantity) / run.seq
-        if re.search(r"(iter|step)[a-z_]*", quantity) and re.search(r"_(ms|s|sec|seconds)\b", quantity):
+        if re.search(r"iter|step", quantity) and re.search(r"(^|_)(ms|s|secs?|seconds?)(_|\b)", quantity):
             step = run.tokens_per_step / rate() / layout.gpus
-            return step * (1000 if re.search(r"_ms\b", quantity) else 1)
+            return step * (1000 if re.search(r"(^|_)ms(_|\b)", quantity) else 1)
         if "tflop" in quantity:
             hardware = re.search("achieved|hardware|hfu", quantity) or re.search(r"includ\w* recompute", point.text)
             per = rate() * flops() / 1e12 * (recompute if hardware and "model" not in quantity else 1)
@@ -229,7 +233,7 @@ def _memory(point: Point, run: Run, quantity: str, *, framework: Framework) -> f
 
 def _inference(point: Point) -> Predict:
     shape, form = points.shape_of(point), points.weight_format_of(point)
-    layout = points.layout_of(point, points.framework_for(point))
+    layout = point_runs.layout_of(point, point_runs.framework_for(point))
     tp, pp, raw = layout.tp, layout.pp, point.raw
     if tp * pp == 1 and point.gpus > 1:
         tp = point.gpus
@@ -295,7 +299,7 @@ def _inference(point: Point) -> Predict:
         if re.search(r"tokens?_per_s|tok_s", quantity) and "prefill" not in quantity:
             batch = points.number(raw.get("micro_batch") or raw.get("batch"), default=1)
             return batch / decode()
-        if re.search(r"tpot|itl|ms_per_token|decode.*_ms|inter_token", quantity):
+        if re.search(r"tpot|itl|ms_per_token|per_token.*_m?s\b|token_latency|decode.*_ms|inter_token", quantity):
             return decode() * (1000 if "ms" in quantity else 1)
         if re.search("ttft|prefill", quantity) and (prompt or raw.get("seq")):
             seconds = server().prefill_s(tokens=prompt or float(raw["seq"]))

@@ -1,6 +1,6 @@
 """What a service needs: memory of a replica, the tokens that its cache holds, latency under its traffic, the time to load."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from infra.catalog import Instance, models
 from infra.planner.estimate import GIB, Estimate, total
@@ -19,6 +19,8 @@ CPU_RUNTIME_GIB = 0.45
 """torch's own pages in a server on a CPU."""
 STEP_TOKENS = 2048
 """Tokens of a server's largest step: it sizes activations, and prompts are prefilled in chunks of what decoding leaves of it."""
+RARE_RPS = 0.001
+"""Requests this rare meet no other: an SLO that they miss, no number of replicas meets."""
 MOST_REPLICAS = 4096
 """Where a search for replicas gives up."""
 
@@ -165,6 +167,9 @@ def replicas_for(server: Server, *, room: Room, traffic: Traffic, slo: Slo, at_l
     def enough(replicas: int) -> bool:
         return meets(simulate(server, load=load_of(traffic, replicas=replicas), room=room, requests=200), slo)
 
+    alone = replace(load_of(traffic, replicas=1), rps=RARE_RPS)
+    if not meets(simulate(server, load=alone, room=room, requests=200), slo):
+        return None
     high = max(at_least, 1)
     while not enough(high):
         high *= 2

@@ -102,6 +102,8 @@ def _option(
     stack: Stack, pool: NodePool, machine: Instance, trains: Training | None, serves: list[Service]
 ) -> _Option | None:
     """What the pool would cost with `machine`; None where it does not do."""
+    if stack.budget.usd_per_h is not None and _at_most(stack, pool, machine) > stack.budget.usd_per_h:
+        return None
     as_pool, usd, says = pool.model_copy(update={"instance": machine.name}), 0.0, list[str]()
     if trains:
         try:
@@ -113,6 +115,8 @@ def _option(
             return None
         if ranks_per_node(trains, machine) > machine.gpus or not _divides(trains, ranks=run.ranks):
             return None
+        if stack.budget.usd_per_run is not None and (run.usd or 0) > stack.budget.usd_per_run:
+            return None
         usd += run.usd or 0
         says.append(f"{run.hours.value:.1f} h, {run.usd or 0:,.0f} USD a run")
     for service in serves:
@@ -122,6 +126,12 @@ def _option(
         usd += fits
         says.append(f"{service.name} for {fits:,.2f} USD/h")
     return _Option(instance=machine.name, usd=usd, says=", ".join(says))
+
+
+def _at_most(stack: Stack, pool: NodePool, machine: Instance) -> float:
+    """USD an hour of the pool on `machine` and of the pools whose type is known, at their fullest."""
+    others = [p for p in stack.node_pools if p.name != pool.name and p.instance != "auto"]
+    return pool.max_nodes * (machine.price or 0) + sum(p.max_nodes * (instance(p.instance).price or 0) for p in others)
 
 
 def _divides(training: Training, *, ranks: int) -> bool:

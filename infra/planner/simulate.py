@@ -48,7 +48,8 @@ class Latency:
     simulated_s: float
     requests: int
     keeps_up: bool
-    """The queue did not grow: the last quarter waited no longer than three times the second, or half a second."""
+    """The queue did not grow: the last quarter of the requests waited no more than twice as long as the second, or half a second (of
+    a queue that grows steadily it waits 2.3 times as long)."""
 
 
 @dataclass(slots=True)
@@ -154,5 +155,5 @@ def _latency(done: list[tuple[_Request, float]], *, clock: float) -> Latency:
         tokens_per_s=sum(request.output for request, _ in done) / clock,
         simulated_s=clock,
         requests=len(done),
-        keeps_up=late <= max(3 * early, 0.5 * quarter),
+        keeps_up=late <= max(2 * early, 0.5 * quarter),
     )
