@@ -8,7 +8,7 @@ is then at once the contiguous 2 × B × K × S × D that SDPA is fastest on, in
 """
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,26 @@ from torch import Tensor
 from serving.engine.scheduler import Scheduled
 
 GROUP_COST_BLOCKS = 32  # a group's fixed cost, as the padding that takes as long (measured on CPU: 16 to 64 are alike)
+
+
+class Plan(Protocol):
+    """The `Attend` of one step, and the positions that it computes, N."""
+
+    positions: np.ndarray
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor: ...
+
+
+class Pool(Protocol):
+    """The cache's memory, as the engine knows it: this file's for torch, `attention_cpu` for compiled kernels.
+
+    `layers` are tensors that begin with all blocks' content, block after block: num_blocks parts of equal size.
+    """
+
+    layers: list[Tensor]
+    device: torch.device
+
+    def plan(self, batch: Seq[Scheduled]) -> Plan: ...
 
 
 class KVPool:
@@ -33,6 +53,9 @@ class KVPool:
         # (kv, head) → the row's offset in a block, to be added to block · 2K
         self._row_offsets = np.arange(2 * kv_heads).reshape(2, 1, kv_heads, 1)
         self._scratch = torch.empty(0, block_size, head_dim, dtype=dtype, device=device)
+
+    def plan(self, batch: Seq[Scheduled]) -> "StepAttention":
+        return StepAttention(self, batch)
 
     def rows(self, block_tables: np.ndarray) -> Tensor:
         """The rows of B × n blocks, in the order of a gather: 2 · B · K · n."""
@@ -90,7 +113,7 @@ class StepAttention:
     def __init__(self, pool: KVPool, batch: Seq[Scheduled]) -> None:
         self.pool = pool
         num_decodes = next((i for i, item in enumerate(batch) if item.num_tokens > 1), len(batch))
-        self.positions = _positions(batch)
+        self.positions = positions_of(batch)
         self.slots = self._slots(batch)
         self.decodes = self._plan_decodes(batch[:num_decodes])
         self.chunks = self._plan_chunks(batch[num_decodes:], start=num_decodes)
@@ -170,7 +193,7 @@ def _span(item: Scheduled) -> np.ndarray:
     return np.arange(item.seq.num_computed, item.seq.num_computed + item.num_tokens)
 
 
-def _positions(batch: Seq[Scheduled]) -> np.ndarray:
+def positions_of(batch: Seq[Scheduled]) -> np.ndarray:
     return np.concatenate([_span(item) for item in batch])
 
 

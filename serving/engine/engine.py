@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
-from serving.engine.attention import KVPool
+from serving.engine.attention import KVPool, Pool
+from serving.engine.attention_cpu import CpuPool
 from serving.engine.block_manager import BlockManager
 from serving.engine.messages import Counters, Output, SamplingParams
 from serving.engine.model_runner import ModelRunner, Sampled
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
 from serving.errors import Refused
+from serving.kernels.cpu import Kernels, kernels
 from serving.memory import available_bytes
 from serving.model.config import ModelConfig
+from serving.model.packed import fits, pack
 from serving.model.weights import load
 from serving.settings import Settings
 from serving.tokenizer import Tokenizer
@@ -44,12 +47,12 @@ class Engine:
         device = _device(settings)
         dtype = _dtype(settings, config, device)
         model = load(root, config, device=device, dtype=dtype, on_bytes=on_bytes)
+        compiled = _kernels(config, device)
+        if compiled is not None:
+            pack(model, compiled, form=str(dtype).removeprefix("torch."))
         max_model_len = _max_model_len(settings, config, where=str(root))
         num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
-        pool = KVPool(
-            layers=config.layers, num_blocks=num_blocks, block_size=BLOCK_SIZE,
-            kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device,
-        )  # fmt: skip
+        pool = _pool(config, compiled, num_blocks=num_blocks, dtype=dtype, device=device)
         scheduler = Scheduler(
             BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE),
             max_num_seqs=settings.max_num_seqs,
@@ -167,6 +170,21 @@ def _device(settings: Settings) -> torch.device:
         raise Refused("there is no CUDA device", where="--device cuda", fix="Use --device cpu, or run on a GPU node")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(auto if settings.device == "auto" else settings.device)
+
+
+def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
+    """The compiled kernels, where the machine and the model's shape allow them."""
+    found = kernels() if device.type == "cpu" and fits(config) else None
+    return found if isinstance(found, Kernels) else None
+
+
+def _pool(
+    config: ModelConfig, compiled: Kernels | None, *, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> Pool:
+    shape = {"layers": config.layers, "num_blocks": num_blocks, "kv_heads": config.kv_heads}
+    if compiled is not None:
+        return CpuPool(compiled, **shape, head_dim=config.head_dim, dtype=dtype)
+    return KVPool(**shape, head_dim=config.head_dim, block_size=BLOCK_SIZE, dtype=dtype, device=device)
 
 
 def _dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:

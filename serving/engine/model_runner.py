@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from serving.engine.attention import KVPool, StepAttention
+from serving.engine.attention import Pool
 from serving.engine.messages import TokenLogprob
 from serving.engine.sampler import logprobs, sample
 from serving.engine.scheduler import Scheduled
@@ -18,11 +18,10 @@ class Sampled(NamedTuple):
 
 
 class ModelRunner:
-    def __init__(self, model: Llama, pool: KVPool, *, max_model_len: int) -> None:
+    def __init__(self, model: Llama, pool: Pool, *, max_model_len: int) -> None:
         self.model, self.pool = model, pool
-        dtype = model.embed.weight.dtype
         cos, sin = rope_table(model.config, positions=max_model_len)
-        self.cos, self.sin = cos.to(pool.device, dtype), sin.to(pool.device, dtype)
+        self.cos, self.sin = cos.to(pool.device, model.compute_dtype), sin.to(pool.device, model.compute_dtype)
 
     @torch.inference_mode()
     def run(self, batch: Seq[Scheduled]) -> list[Sampled]:
@@ -30,7 +29,7 @@ class ModelRunner:
 
         Fills `prompt_logprobs` of the sequences that ask for them.
         """
-        attend = StepAttention(self.pool, batch)
+        attend = self.pool.plan(batch)
         ids = [token for seq, n in batch for token in seq.token_ids[seq.num_computed : seq.num_computed + n]]
         positions = torch.from_numpy(attend.positions).to(self.pool.device)
         ids_N = torch.tensor(ids, device=self.pool.device)

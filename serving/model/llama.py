@@ -94,15 +94,23 @@ class Attention(nn.Module):
         return self.out(attend(self.layer, q_NHD, k_NKD, v_NKD))
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) · up, where a row is gate and then up. Source: GLU variants (arXiv 2002.05202)."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden, 2 * config.ffn, bias=config.mlp_bias)
+        self.activation = SwiGLU()
         self.down = Linear(config.ffn, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x_NE: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_NE).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+        return self.down(self.activation(self.gate_up(x_NE)))
 
 
 class Block(nn.Module):
@@ -122,6 +130,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute_dtype = torch.float32  # of activations; weights may be smaller
         self.embed = Embedding(config.vocab_size, config.hidden)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)

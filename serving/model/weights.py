@@ -63,6 +63,7 @@ def load(
     if config.tied:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
+    model.compute_dtype = dtype
     on_bytes(total_bytes, total_bytes)
     return model.requires_grad_(False).eval()
 
