@@ -7,12 +7,14 @@ Sizes in shapes: B sequences, L positions, D hidden, H heads, K key/value heads,
 """
 
 import math
+import zlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig, RopeScaling
+from trainer.loss import cross_entropy
 from trainer.rms_norm import RMSNorm
 
 
@@ -50,10 +52,20 @@ def same_document(documents_BL: Tensor) -> Tensor:
     return same_BLL.tril_().unsqueeze(1)
 
 
+class CausalAttention(nn.Module):
+    """Every position attends to itself and to what came before it, or to what the mask says; no parameters."""
+
+    def forward(self, q_BHLW: Tensor, k_BKLW: Tensor, v_BKLW: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+        grouped = q_BHLW.shape[1] != k_BKLW.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BHLW, k_BKLW, v_BKLW, attn_mask=mask_B1LL, is_causal=mask_B1LL is None, enable_gqa=grouped
+        )
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.width, self.grouped = config.head_width, config.kv_heads != config.heads
+        self.width = config.head_width
         bias = config.family == "qwen2"
         self.q_proj = nn.Linear(config.hidden, config.heads * self.width, bias=bias)
         self.k_proj = nn.Linear(config.hidden, config.kv_heads * self.width, bias=bias)
@@ -62,9 +74,11 @@ class Attention(nn.Module):
         normed = config.family == "qwen3"
         self.q_norm = RMSNorm(self.width, eps=config.norm_eps) if normed else None
         self.k_norm = RMSNorm(self.width, eps=config.norm_eps) if normed else None
+        self.attend = CausalAttention()
 
     def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
         """`mask_B1LL` is true where a position may look; without it each sees all that came before."""
+        cos_LW, sin_LW = cos_LW[: x_BLD.shape[1]], sin_LW[: x_BLD.shape[1]]
 
         def heads(projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
             split_BLHW = projected.unflatten(-1, (-1, self.width))
@@ -73,9 +87,7 @@ class Attention(nn.Module):
         q_BHLW = turn(heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
         k_BKLW = turn(heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
         v_BKLW = heads(self.v_proj(x_BLD))
-        y_BHLW = F.scaled_dot_product_attention(
-            q_BHLW, k_BKLW, v_BKLW, attn_mask=mask_B1LL, is_causal=mask_B1LL is None, enable_gqa=self.grouped
-        )
+        y_BHLW = self.attend(q_BHLW, k_BKLW, v_BKLW, mask_B1LL)
         return self.o_proj(y_BHLW.transpose(1, 2).flatten(2))
 
 
@@ -118,12 +130,10 @@ class Backbone(nn.Module):
         self.register_buffer("sin_LW", sin_LW, persistent=False)
 
     def forward(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
-        length = tokens_BL.shape[1]
-        cos_LW, sin_LW = self.cos_LW[:length], self.sin_LW[:length]
         mask_B1LL = None if documents_BL is None else same_document(documents_BL)
         x_BLD = self.embed_tokens(tokens_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, cos_LW, sin_LW, mask_B1LL)
+            x_BLD = layer(x_BLD, self.cos_LW, self.sin_LW, mask_B1LL)
         return self.norm(x_BLD)
 
 
@@ -144,34 +154,45 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, vocab_size, bias=False)
             if config.tied_embeddings:
                 self.lm_head.weight = self.model.embed_tokens.weight
-        self._initialise()
+        for name, parameter in self.named_parameters():
+            initialise(name, parameter, seed=torch.initial_seed())
 
     @property
     def head(self) -> nn.Linear:
         return self.lm_head if self.labels is None else self.score
 
-    def _initialise(self) -> None:
-        """Variance kept by every matrix (std 1/√inputs), and zero for what adds to the residual stream.
-
-        Each block begins as the identity, and the stream as the embeddings at a size that the first steps do not drown.
-        """
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
-
     def forward(
-        self, tokens_BL: Tensor, targets_BL: Tensor | None = None, documents_BL: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
-        """Logits (B, L, V or labels); given targets, the mean cross-entropy in nats instead, of those that are not -100.
+        """Logits (B, L, V or labels); given targets, their cross-entropy in nats instead.
 
-        Given the number of the document that each position is of, no position sees another document.
+        It is the `mean` or the `sum` of the targets that are not -100. Given the number of the document that each
+        position is of, no position sees another document.
         """
-        logits_BLV = self.head(self.model(tokens_BL, documents_BL))
+        x_BLD = self.model(tokens_BL, documents_BL)
         if targets_BL is None:
-            return logits_BLV
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
+            return self.head(x_BLD)
+        return cross_entropy(self.head, x_BLD, targets_BL, reduction=reduction)
+
+
+@torch.no_grad()
+def initialise(name: str, weight: Tensor, *, seed: int) -> None:
+    """Fills a parameter: variance kept by every matrix (std 1/√inputs), and zero for what adds to the residual stream.
+
+    Each block begins as the identity, and the stream as the embeddings at a size that the first steps do not drown. The
+    numbers follow from seed and name alone, so that a rank that holds a part of the model draws only what it holds.
+    """
+    if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+        weight.zero_()
+    elif weight.dim() < 2:
+        weight.fill_(1.0)
+    elif weight.device.type != "meta":
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        weight.normal_(std=1 / math.sqrt(weight.shape[1]), generator=generator)
 
 
 def parameter_count(model: nn.Module) -> int:
