@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 
-from infra.checks.autoscaling import metric_is_scraped, scaling_down_waits, target_can_be_reached
+from infra.checks.autoscaling import metric_is_scraped, scaling_down_waits, target_can_be_reached, traffic_is_served
 from infra.checks.capacity import gang_fits_pool, pod_fits_node, ranks_match_gpus, replicas_fit_pool
-from infra.checks.cost import gpus_are_used, pools_are_used, within_budget
+from infra.checks.cost import gpus_are_used, pools_are_used, run_meets_deadline, within_budget
 from infra.checks.finding import Finding, Patch, Refused
 from infra.checks.grading import graded
 from infra.checks.manifest_sets import MANIFEST_CHECKS, SET_CHECKS, check_manifests
@@ -71,6 +71,7 @@ CHECKS: tuple[Check, ...] = (
     metric_is_scraped,
     target_can_be_reached,
     scaling_down_waits,
+    traffic_is_served,
     load_time_is_enough,
     drain_fits_notice,
     nothing_hangs_on_one_pod,
@@ -80,6 +81,7 @@ CHECKS: tuple[Check, ...] = (
     images_are_pinned,
     stores_can_be_opened,
     within_budget,
+    run_meets_deadline,
     gpus_are_used,
     pools_are_used,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from infra.checks.finding import Finding
-from infra.planner import Plan
+from infra.planner import Plan, ServicePlan
 from infra.spec import Service, Stack
 
 HEADROOM = 0.75
@@ -64,6 +64,48 @@ def scaling_down_waits(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 fix=f"scale_down_after_s: {wanted}",
                 patch={f"services.{service.name}.autoscaling.scale_down_after_s": wanted},
             )
+
+
+def traffic_is_served(stack: Stack, plan: Plan) -> Iterator[Finding]:
+    """SLW404: declared traffic that the most replicas do not serve within `slo`; SLW405: or within what the alerts allow, which
+    then fire from the first day."""
+    goals = stack.monitoring.objectives
+    for spec, service in zip(stack.services, plan.services, strict=True):
+        if service.ttft_p95_s is None or service.tpot_p95_s is None:
+            continue
+        key = f"services.{service.name}.{'autoscaling.max_replicas' if spec.autoscaling else 'replicas'}"
+        slow = _slower(service, ttft_p95_s=spec.slo.ttft_p95_s, tpot_p95_s=spec.slo.tpot_p95_s)
+        if slow:
+            yield Finding(
+                code="SLW404",
+                severity="warn",
+                where=key,
+                message=f"{service.replicas[1]} replicas under {spec.traffic.rps if spec.traffic else 0:g} requests a second: {slow}",
+                fix="more replicas (`replicas: auto` finds how many), a faster instance, or another slo",
+            )
+        alarmed = _slower(service, ttft_p95_s=goals.ttft_p95_s, tpot_p95_s=goals.tpot_p95_s)
+        if alarmed and not slow and stack.monitoring.enabled:
+            yield Finding(
+                code="SLW405",
+                severity="warn",
+                where="monitoring.objectives",
+                message=f"alerts fire from the first day: {service.name} under its traffic: {alarmed}",
+                fix="objectives that the services can meet, or more replicas",
+            )
+
+
+def _slower(service: ServicePlan, *, ttft_p95_s: float, tpot_p95_s: float | None) -> str:
+    """What the simulation says is slower than asked; empty for nothing."""
+    assert service.ttft_p95_s is not None
+    assert service.tpot_p95_s is not None
+    if not service.keeps_up:
+        return "the queue grows without end"
+    said = [f"first token in {service.ttft_p95_s:.2g} s (p95), and {ttft_p95_s:g} is asked"] * (
+        service.ttft_p95_s > ttft_p95_s
+    )
+    if tpot_p95_s is not None and service.tpot_p95_s > tpot_p95_s:
+        said.append(f"{service.tpot_p95_s:.2g} s a token (p95), and {tpot_p95_s:g} is asked")
+    return "; ".join(said)
 
 
 def _scales(service: Service) -> bool:

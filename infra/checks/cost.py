@@ -1,6 +1,7 @@
 """SLW7xx: what it costs against what it may cost, and what is paid for and not used."""
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 
 from infra.catalog import Instance, instances
 from infra.checks.demand import Demand, demands, pools
@@ -11,12 +12,15 @@ from infra.spec import NodePool, Stack
 HOURS_A_MONTH = 730
 IDLE_SHARE = 0.25
 """Share of a pool's GPUs that may be left over at full scale before it is said."""
+TIME_ERROR = 1.35
+"""What nine of ten estimates of a run's time err by at most (docs/planner.md)."""
 WORTH_CHANGING = 0.10
 """Share of the price that another instance must save to be named."""
 
 
 def within_budget(stack: Stack, plan: Plan) -> Iterator[Finding]:
-    """SLW701: nodes at full scale against `budget.usd_per_h`; SLW702: a run against `budget.usd_per_run`; SLW703: no price known."""
+    """SLW701: nodes at full scale against `budget.usd_per_h`; SLW702: a run against `budget.usd_per_run`; SLW703: a budget that
+    cannot be held, since no price is known."""
     budget = stack.budget
     if budget.usd_per_h is not None and plan.usd_per_h is not None and plan.usd_per_h > budget.usd_per_h:
         unused = _nodes_that_nothing_uses(stack)
@@ -48,6 +52,22 @@ def within_budget(stack: Stack, plan: Plan) -> Iterator[Finding]:
             message=f"the catalogue has no price of {names}, so the budget cannot be held",
             fix="add the price to a TOML file that $SLIPWAY_CATALOG names",
         )
+
+
+def run_meets_deadline(stack: Stack, plan: Plan) -> Iterator[Finding]:
+    """SLW706: a run that takes longer than `training.deadline_h`; an error where no error of the estimate would save it."""
+    training, run = stack.training, plan.training
+    if training is None or run is None or training.deadline_h is None or run.hours.value <= training.deadline_h:
+        return
+    never = run.hours.value > TIME_ERROR * training.deadline_h
+    nodes = ceil(training.nodes * run.hours.value / training.deadline_h)
+    yield Finding(
+        code="SLW706",
+        severity="error" if never else "warn",
+        where="training.deadline_h",
+        message=f"the run takes about {run.hours.value:.1f} h, and {training.deadline_h:g} are allowed",
+        fix=f"about {nodes} nodes, a faster instance, fewer steps, or a later deadline",
+    )
 
 
 def gpus_are_used(stack: Stack, _: Plan) -> Iterator[Finding]:

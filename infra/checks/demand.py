@@ -35,6 +35,12 @@ class Demand:
         return int(min([*fits, machine.gpus // self.gpus] if self.gpus else fits))
 
 
+def batch_ranks(training: Training, machine: Instance) -> int:
+    """Ranks that see different sequences: all but those that split a layer, a stage or a sequence."""
+    inside = training.layout.tp * training.layout.pp * training.layout.cp
+    return max(training.nodes * ranks_per_node(training, machine) // inside, 1)
+
+
 def pools(stack: Stack) -> dict[str, tuple[NodePool, Instance]]:
     """Each pool and its instance type, by the pool's name."""
     return {pool.name: (pool, instance(pool.instance)) for pool in stack.node_pools}

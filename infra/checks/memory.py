@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from math import floor
 
 from infra.catalog import instance
+from infra.checks.demand import batch_ranks
 from infra.checks.finding import Finding, Patch
 from infra.planner import Plan, ServicePlan
 from infra.planner import plan as make_plan
-from infra.planner.training import ranks_per_node
 from infra.spec import Stack, Training
 
 MARGIN = 0.95
@@ -52,7 +52,7 @@ def replica_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
 
 
 def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
-    """SLW203: a request of the full context must fit the KV cache; SLW204: and the model's positions."""
+    """SLW203: a request of the full context must fit the KV cache; SLW204: and the model must have as many positions."""
     declared = {service.name: service for service in stack.services}
     for service in plan.services:
         if service.concurrency is not None and service.concurrency < 1:
@@ -90,7 +90,7 @@ def _room_for_context(service: ServicePlan, *, kv_gib: float) -> Patch | None:
 
 def _largest_micro_batch(stack: Stack, training: Training) -> int | None:
     """The most sequences at once that fit and divide `global_batch`; memory grows with them, so halves are searched."""
-    ranks = training.nodes * ranks_per_node(training, instance(stack.pool(training.pool).instance))
+    ranks = batch_ranks(training, instance(stack.pool(training.pool).instance))
     each = training.global_batch // ranks if training.global_batch % ranks == 0 else None
     sizes = [n for n in range(1, min(training.micro_batch, 4096)) if each is None or each % n == 0]
 

@@ -24,7 +24,7 @@ def load_time_is_enough(stack: Stack, _: Plan) -> Iterator[Finding]:
     declared = [service for service in stack.services if service.load_s is not None]
     if not declared:
         return
-    undeclared = tuple(service.model_copy(update={"load_s": None}) for service in declared)
+    undeclared = tuple(service.model_copy(update={"load_s": None, "traffic": None}) for service in declared)
     estimates = make_plan(stack.model_copy(update={"services": undeclared})).services
     for service, estimate in zip(declared, estimates, strict=True):
         assert service.load_s is not None
@@ -84,30 +84,30 @@ def nothing_hangs_on_one_pod(stack: Stack, _: Plan) -> Iterator[Finding]:
 
 
 def checkpoints_are_worth_it(stack: Stack, plan: Plan) -> Iterator[Finding]:
-    """SLW504: what an interrupted run loses is half the time between checkpoints, and on spot it will be interrupted."""
+    """SLW504: an interrupted run begins again at its last checkpoint; on spot it will be interrupted."""
     training, run = stack.training, plan.training
     if training is None or run is None:
         return
-    pool = stack.pool(training.pool)
-    every = training.checkpoint.every_steps
-    lost_h = run.hours.value * min(every, training.steps) / training.steps
-    none_before_the_end = every >= training.steps and run.hours.value > WORTH_SAVING_H
-    if none_before_the_end or ("spot" in pool.capacity and lost_h > WORTH_SAVING_H):
-        wanted = max(int(every * WORTH_SAVING_H / 4 / lost_h), 1) if every < training.steps else training.steps // 10
-        wanted = max(min(wanted, training.steps // 10), 1)
-        yield Finding(
-            code="SLW504",
-            severity="warn",
-            where="training.checkpoint.every_steps",
-            message=f"{every} steps take about {lost_h:.1f} h"
-            + (
-                ", the whole run: whatever stops it, it begins again"
-                if none_before_the_end
-                else f" on spot nodes: an interruption loses up to that, on {training.nodes} nodes"
-            ),
-            fix=f"every_steps: {wanted}",
-            patch={"training.checkpoint.every_steps": wanted},
-        )
+    spot = "spot" in stack.pool(training.pool).capacity
+    every_h = training.checkpoint.every_steps * run.step.value / 3600
+    none_before_the_end = training.checkpoint.every_steps >= training.steps and run.hours.value > WORTH_SAVING_H
+    if not none_before_the_end and not (spot and every_h > WORTH_SAVING_H):
+        return
+    often = int(WORTH_SAVING_H / 2 * 3600 / run.step.value)
+    wanted = max(min(run.best_checkpoint_steps, often, training.steps // 2), 1)
+    yield Finding(
+        code="SLW504",
+        severity="warn",
+        where="training.checkpoint.every_steps",
+        message=f"{training.checkpoint.every_steps} steps take about {every_h:.1f} h"
+        + (
+            ", and the run has no more: whatever stops it, it begins again"
+            if none_before_the_end
+            else f", which an interruption of one of {training.nodes} spot nodes loses (about {run.interruptions:.2g} in a run)"
+        ),
+        fix=f"every_steps: {wanted} ({wanted * run.step.value / 60:.0f} min; the least is lost at {run.best_checkpoint_steps})",
+        patch={"training.checkpoint.every_steps": wanted},
+    )
 
 
 def surge_has_room(stack: Stack, _: Plan) -> Iterator[Finding]:

@@ -4,19 +4,18 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from infra.catalog import instance, instances
-from infra.checks.demand import pools
+from infra.checks.demand import batch_ranks, pools
 from infra.checks.finding import Finding, Patch
 from infra.planner import Plan
-from infra.planner.training import ranks_per_node
 from infra.spec import NodePool, Stack, Training
 
 
 def batch_divides(stack: Stack, _: Plan) -> Iterator[Finding]:
-    """SLW301: global_batch is micro_batch × ranks × a whole number of accumulation steps."""
+    """SLW301: global_batch is micro_batch × (data-parallel) ranks × a whole number of accumulation steps."""
     training = stack.training
     if training is None:
         return
-    ranks = training.nodes * ranks_per_node(training, instance(stack.pool(training.pool).instance))
+    ranks = batch_ranks(training, instance(stack.pool(training.pool).instance))
     once = training.micro_batch * ranks
     if training.global_batch % once:
         below, above = training.global_batch // once * once, -(-training.global_batch // once) * once

@@ -68,8 +68,11 @@ def _training(run: TrainingPlan) -> dict[tuple[str, str], Fact]:
         ("parameters", ""): run.parameters,
         ("tokens", ""): run.tokens,
         ("ranks", ""): run.ranks,
+        ("layout", ""): run.layout,
         ("time", "h"): run.hours.value,
+        ("time on spot", "h"): run.hours_spot,
         ("cost of a run", "USD"): run.usd,
+        ("cost of a run on spot", "USD"): run.usd_spot,
         ("speed", "tokens/s"): run.tokens_per_s,
         ("memory of a rank", "GiB"): run.memory.value,
     }
@@ -83,6 +86,9 @@ def _service(service: ServicePlan) -> dict[tuple[str, str], Fact]:
         ("cache", "tokens"): service.kv_tokens,
         ("sequences at once", ""): service.concurrency,
         ("time to load", "s"): service.load_s,
+        ("first token p95", "s"): service.ttft_p95_s,
+        ("token p95", "s"): service.tpot_p95_s,
+        ("cost of output", "USD/Mtok"): service.usd_per_mtok,
         ("cost at most", "USD/h"): service.usd_per_h[1] if service.usd_per_h else None,
     }
 

@@ -102,8 +102,9 @@ def _end(node: Any) -> int:
 
 
 def _flow(value: Any) -> str:
-    """`value` on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True).removesuffix("...\n").strip()
+    """`value` on one line, in the form that it has inside a flow collection, which may stand anywhere."""
+    listed = yaml.safe_dump([value], default_flow_style=True, width=2**31, allow_unicode=True)
+    return listed.strip().removeprefix("[").removesuffix("]")
 
 
 def _unshared(value: Any) -> Any:

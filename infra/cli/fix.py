@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.checks import Finding, check
-from infra.cli.edit import EditError, apply
+from infra.cli.edit import apply
 from infra.cli.project import Refusal
 from infra.planner import plan
-from infra.spec import StackError, load
+from infra.spec import load
 
 ROUNDS = 50
 """Patches at most; each ends a finding, and may bring another one to light."""
@@ -57,7 +57,7 @@ def _mend(before: str, errors: Callable[[str], list[Finding]]) -> Fixed:
         try:
             changed = apply(text, finding.patch)
             left = errors(changed)
-        except (EditError, StackError):  # the patch contradicts another value: it does not help
+        except ValueError:  # the patch contradicts another value: it does not help
             continue
         if (finding.code, finding.where) in {(other.code, other.where) for other in left}:
             continue

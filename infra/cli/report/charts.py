@@ -11,19 +11,40 @@ COLOURS = 7
 def memory_bar(parts: Mapping[str, float], *, limit_gib: float, value_gib: float) -> Html:
     """Parts of a memory, largest first, against its limit; what is above the limit is drawn beyond its mark."""
     full = max(limit_gib, value_gib) * 1.02
-    largest_first = sorted(parts.items(), key=lambda part: -part[1])
-    rects, at = [_rect(0, 100 * limit_gib / full, "track", "")], 0.0
-    for index, (part, gib) in enumerate(largest_first):
-        rects.append(_rect(at, 100 * gib / full, f"part-{index % COLOURS}", f"{part}: {gib:.2f} GiB"))
-        at += 100 * gib / full
     mark = 100 * limit_gib / full
-    rects.append(tag("line", x1=_n(mark), x2=_n(mark), y1="0", y2="10", class_="limit"))
-    keys = [
-        tag("li", tag("span", class_=f"key part-{index % COLOURS}"), part, " ", tag("b", f"{gib:.3g} GiB"))
-        for index, (part, gib) in enumerate(largest_first)
-    ]
+    track = _rect(0, mark, "track", "")
+    limit = tag("line", x1=_n(mark), x2=_n(mark), y1="0", y2="10", class_="limit")
     said = f"{value_gib:.1f} of {limit_gib:.1f} GiB"
-    return tag("div", _svg(rects, said), tag("ul", *keys, class_="legend"), class_="chart")
+    shapes = [track, *_stacked(parts, full=full, form=".2f", unit="GiB"), limit]
+    return tag("div", _svg(shapes, said), _legend(parts, form=".3g", unit="GiB"), class_="chart")
+
+
+def part_bar(parts: Mapping[str, float], *, form: str, unit: str) -> Html:
+    """What a whole is made of, largest first, over the full width."""
+    shapes = _stacked(parts, full=sum(parts.values()), form=form, unit=unit)
+    said = ", ".join(f"{part} {amount:{form}} {unit}" for part, amount in parts.items())
+    return tag("div", _svg(shapes, said), _legend(parts, form=form, unit=unit), class_="chart")
+
+
+def _largest_first(parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda part: -part[1])
+
+
+def _stacked(parts: Mapping[str, float], *, full: float, form: str, unit: str) -> list[Html]:
+    rects, at = list[Html](), 0.0
+    for index, (part, amount) in enumerate(_largest_first(parts)):
+        share = 100 * amount / full
+        rects.append(_rect(at, share, f"part-{index % COLOURS}", f"{part}: {amount:{form}} {unit}"))
+        at += share
+    return rects
+
+
+def _legend(parts: Mapping[str, float], *, form: str, unit: str) -> Html:
+    keys = [
+        tag("li", tag("span", class_=f"key part-{index % COLOURS}"), part, " ", tag("b", f"{amount:{form}} {unit}"))
+        for index, (part, amount) in enumerate(_largest_first(parts))
+    ]
+    return tag("ul", *keys, class_="legend")
 
 
 def range_bars(rows: Sequence[tuple[str, float, float, str]]) -> Html:

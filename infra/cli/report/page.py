@@ -6,9 +6,9 @@ from string import Template
 
 from infra.checks import Finding
 from infra.cli.against import Change
-from infra.cli.report.charts import memory_bar, range_bars
+from infra.cli.report.charts import memory_bar, part_bar, range_bars
 from infra.cli.report.html import Html, join, table, tag
-from infra.cli.show import count, duration, fact, money
+from infra.cli.show import count, duration, fact, latency, money, spot
 from infra.planner import Estimate, Plan, PoolPlan, ServicePlan, TrainingPlan
 
 HOURS_A_MONTH = 730
@@ -23,6 +23,7 @@ def page(
         _head(plan, findings, stack=stack),
         _findings(findings),
         _changes(changes, against=against) if changes is not None else Html(),
+        _chosen(plan),
         _cost(plan),
         _training(plan.training) if plan.training else Html(),
         *(_service(service) for service in plan.services),
@@ -123,17 +124,18 @@ def _training(run: TrainingPlan) -> Html:
         ("time", f"about {duration(run.hours.value * 3600)}"),
         ("price on demand", money(run.usd)),
         ("speed", f"{count(run.tokens_per_s)} tokens/s"),
-        ("MFU", "not known" if run.mfu is None else f"{run.mfu:.0%}"),
+        ("MFU, HFU", "not known" if run.mfu is None else f"{run.mfu:.0%}, {run.hfu or run.mfu:.0%}"),
         ("parameters", count(run.parameters)),
         ("tokens", count(run.tokens)),
-        ("ranks", f"{run.ranks} on {run.pool}"),
+        ("ranks", f"{run.ranks} on {run.pool}, {run.layout}"),
     ]
-    return tag(
-        "section",
-        tag("h2", "Train ", tag("em", run.name)),
-        _memory(run.memory, run.memory_limit_gib, "rank"),
-        _facts(rows),
-    )
+    step = {part: seconds for part, seconds in run.step.parts.items() if seconds > 0}
+    parts = [_memory(run.memory, run.memory_limit_gib, "rank"), _facts(rows)]
+    if len(step) > 1:
+        parts.insert(1, join(tag("h3", f"A step: {run.step.value:.3g} s"), part_bar(step, form=".3g", unit="s")))
+    if run.hours_spot is not None:
+        parts.append(tag("p", tag("b", "On spot"), " ", spot(run), class_="note"))
+    return tag("section", tag("h2", "Train ", tag("em", run.name)), *parts)
 
 
 def _service(service: ServicePlan) -> Html:
@@ -144,8 +146,26 @@ def _service(service: ServicePlan) -> Html:
     rows.append(("time to load", f"about {duration(service.load_s)}"))
     if service.usd_per_h:
         rows.append(("price", f"{_range(*service.usd_per_h, form=',.2f')} USD/h"))
+    if service.usd_per_mtok is not None:
+        rows.append(("a million output tokens", f"{service.usd_per_mtok:,.2f} USD"))
+    said = latency(service)
+    speed = tag("p", tag("b", "Under its traffic"), " ", said, class_="note") if said else Html()
     memory = _memory(service.memory, service.memory_limit_gib, "replica") if service.memory else Html()
-    return tag("section", tag("h2", "Serve ", tag("em", service.name)), memory, _facts(rows))
+    return tag("section", tag("h2", "Serve ", tag("em", service.name)), memory, _facts(rows), speed)
+
+
+def _chosen(plan: Plan) -> Html:
+    """What `auto` became, why, and what came next."""
+    items = [
+        tag(
+            "li",
+            tag("p", tag("code", chosen.where), " ", tag("b", chosen.value), " ", chosen.why),
+            *(tag("p", f"next: {other}", class_="soft") for other in chosen.others),
+            class_="good",
+        )
+        for chosen in plan.chosen
+    ]
+    return tag("section", tag("h2", "Chosen"), tag("ul", *items, class_="findings")) if items else Html()
 
 
 def _memory(memory: Estimate, limit_gib: float, of: str) -> Html:
@@ -159,7 +179,7 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Html:
 
 
 def _assumptions(plan: Plan) -> Html:
-    estimates = [plan.training.memory, plan.training.hours] if plan.training else []
+    estimates = [plan.training.memory, plan.training.hours, plan.training.step] if plan.training else []
     estimates += [service.memory for service in plan.services if service.memory]
     said = dict.fromkeys(text for estimate in estimates for text in estimate.assumptions)
     prices = dict.fromkeys(f"prices of {pool.instance}: {pool.price}" for pool in plan.pools)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -48,7 +48,7 @@ words = st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), max_size=2
 values = st.none() | st.booleans() | st.integers() | words | st.floats(allow_nan=False) | st.just(("spot", "on-demand"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(where=st.sampled_from(EDITABLE) | st.tuples(st.sampled_from(sorted(TEXTS)), st.sampled_from(NEW)), value=values)
 def test_an_edit_changes_one_value_and_no_other_line(where: tuple[str, str], value: Any) -> None:
     name, path = where
