@@ -15,10 +15,10 @@ def main(argv: list[str]) -> int:
     try:
         asked = settings.parse(argv)
         source = resolve(asked.model)
-        from serving.server import listen, serve  # the web framework: half a second that a refusal need not wait for
+        from serving.server import Sockets, serve  # the web framework: half a second that a refusal need not wait for
 
         logs.capture_standard_logging()
-        return asyncio.run(serve(source, asked, listen(asked)))
+        return asyncio.run(serve(source, asked, Sockets(asked)))
     except Refused as error:
         logs.event("error", level="error", message=str(error))
         print(f"error: {error}", file=sys.stderr)

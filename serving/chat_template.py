@@ -24,6 +24,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._special_tokens = special_tokens
+        self.knows_tools = "tools" in source
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -48,10 +49,12 @@ class ChatTemplate:
         where = str(root / "tokenizer_config.json")
         return cls(source, special_tokens=tokens, where=where) if isinstance(source, str) else None
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]]) -> str:
         """The prompt that asks for the next assistant message. Raises `ValueError` with the template's own objection."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=messages, tools=tools or None, add_generation_prompt=True, **self._special_tokens
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise ValueError(f"the chat template refused the messages: {error}") from None
 

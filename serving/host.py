@@ -5,6 +5,7 @@ While nothing is to be served nothing is loaded, not even torch: training may be
 """
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from serving import logs
 from serving.chat_template import ChatTemplate
 from serving.engine.client import EngineError, EngineProcess
 from serving.errors import Refused
+from serving.memory import available_bytes
 from serving.metrics import Metrics
 from serving.package import Channel, Package, fetch
 from serving.settings import Settings
@@ -31,6 +33,7 @@ class Served:
     chat_template: ChatTemplate | None
     engine: EngineProcess
     max_model_len: int
+    vocab_size: int
     created_s: int
 
 
@@ -40,6 +43,7 @@ class ModelHost:
         self.name = settings.served_name or source.name
         self.current: Served | None = None
         self.why_not_ready = "the model is loading"
+        self._asked = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
         self._engines: list[EngineProcess] = []
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -61,6 +65,10 @@ class ModelHost:
         for task in self._retiring:
             task.cancel()
         await asyncio.gather(*(engine.stop() for engine in self._engines))
+
+    def look_now(self) -> None:
+        """Reads the channel at once, and tries again what it refused. A fixed package has nothing to be read again."""
+        self._asked.set()
 
     async def _follow(self, channel: Channel) -> None:
         """Reads the channel for ever. What goes wrong is said once, and leaves what is served as it is."""
@@ -86,7 +94,10 @@ class ModelHost:
                 self.why_not_ready = f"the model could not be loaded: {error}"
                 said = _say_once("error", self.why_not_ready, said)
                 delay_s = retry_s = min(2 * retry_s, RETRY_MAX_S)
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), delay_s)
+                self._asked.clear()
+                refused = None
 
     @property
     def _package(self) -> Package | None:
@@ -99,9 +110,13 @@ class ModelHost:
             self.why_not_ready = "the model is loading"
         checking = logs.Progress("load", total=0, unit="bytes checked")
         root = await asyncio.to_thread(fetch, package, on_bytes=lambda done, total: _advance(checking, done, total))
+        self.metrics.load.labels("check").set(time.monotonic() - started_s)
+        if self.current is not None:
+            self._check_memory(root)
         served = await self._load(package, root)
         old, self.current = self.current, served
         if old is not None:
+            self.metrics.swaps.inc()
             self.metrics.model_info.remove(_digest_label(old.package))
             task = asyncio.create_task(self._retire(old))
             self._retiring.add(task)
@@ -110,13 +125,22 @@ class ModelHost:
         logs.event("done", stage="load", seconds=round(time.monotonic() - started_s, 2), skipped=False)
         logs.event("serving", model=self.name, digest=package.digest, max_model_len=served.max_model_len)
 
+    def _check_memory(self, root: Path) -> None:
+        """Raises `EngineError` when a second model would take memory that the first one's streams need.
+
+        The channel is then tried again later: memory comes back when answers end, and a restart loads the new one.
+        """
+        need = sum(path.stat().st_size for path in root.glob("*.safetensors")) + (self.settings.kv_bytes or 0)
+        free = available_bytes() - self.settings.min_free_bytes
+        if need > free:
+            raise EngineError(f"the new model needs {need:,} bytes beside the old one, and {free:,} are free")
+
     async def _load(self, package: Package, root: Path) -> Served:
         tokenizer = await asyncio.to_thread(Tokenizer, root)
         chat_template = ChatTemplate.read(root)
-        loading = logs.Progress("load", total=0, unit="bytes")
-        engine = await EngineProcess.start(
-            root, self.settings, on_bytes=lambda done, total: _advance(loading, done, total)
-        )
+        stages = LoadStages(self.metrics)
+        engine = await EngineProcess.start(root, self.settings, on_bytes=stages.on_bytes)
+        stages.finish("first_token")
         self._engines.append(engine)
         ready = engine.ready
         assert ready is not None
@@ -128,6 +152,7 @@ class ModelHost:
             chat_template=chat_template,
             engine=engine,
             max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
             created_s=int(time.time()),
         )
 
@@ -135,6 +160,7 @@ class ModelHost:
         await old.engine.drained()
         await old.engine.stop()
         self._engines.remove(old.engine)
+        self.metrics.engine.retire(old.engine)
         logs.event("retired", model=old.name, digest=old.package.digest)
 
     def _on_death(self, engine: EngineProcess, why: str) -> None:
@@ -143,6 +169,29 @@ class ModelHost:
             self.current = None
             self.why_not_ready = why
             self.failed.set_result(why)
+
+
+class LoadStages:
+    """Times the stages of a load as the engine's own messages tell of them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._progress = logs.Progress("load", total=0, unit="bytes")
+        self._stage, self._since_s = "start", time.monotonic()
+
+    def on_bytes(self, done: int, total: int) -> None:
+        if self._stage == "start":
+            self.finish("start")
+            self._stage = "weights"
+        if done >= total and self._stage == "weights":
+            self.finish("weights")
+            self._stage = "first_token"
+        _advance(self._progress, done, total)
+
+    def finish(self, stage: str) -> None:
+        now_s = time.monotonic()
+        self._metrics.load.labels(stage).set(now_s - self._since_s)
+        self._since_s = now_s
 
 
 def _advance(progress: logs.Progress, done: int, total: int) -> None:

@@ -13,6 +13,9 @@ def available_bytes() -> int:
             machine = int(line.split()[1]) * 1024
     try:
         limit = int((CGROUP / "memory.max").read_text())
-        return min(machine, limit - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # no cgroup v2 here, or it says `max`
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files that were not used lately are dropped before anyone is killed: what Kubernetes calls working set.
+        return min(machine, limit - used + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no cgroup v2 here, or it says `max`
         return machine

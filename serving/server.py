@@ -3,20 +3,30 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from serving import logs
-from serving.api.app import Lifecycle, create_app
+from serving.api.admin import create_admin
+from serving.api.app import create_app
+from serving.api.context import Context, Lifecycle
+from serving.auth import Keys
+from serving.connections import Connection
 from serving.engine.client import EngineError
 from serving.errors import Refused
 from serving.host import ModelHost
 from serving.metrics import Metrics
 from serving.package import Channel, Package
+from serving.pressure import MemoryWatch
+from serving.sessions import Sessions
 from serving.settings import Settings
+from serving.tracing import Spans
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 3660  # above a proxy's idle limit (Envoy: an hour), so that no request meets a connection being closed
@@ -31,45 +41,60 @@ class Uvicorn(uvicorn.Server):
         yield
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The listening socket. Raises `Refused` when the address cannot be had."""
+def listen(host: str, port: int, *, prefix: str) -> socket.socket:
+    """A listening socket. Raises `Refused` when the address cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise Refused(
-            f"cannot listen: {error.strerror or error}", where=where, fix="Choose another --port or --host"
-        ) from None
+        fix = f"Choose another --{prefix}port or --{prefix}host"
+        raise Refused(f"cannot listen: {error.strerror or error}", where=f"{host}:{port}", fix=fix) from None
     return sock
 
 
-async def serve(source: Package | Channel, settings: Settings, sock: socket.socket) -> int:
-    """Serves until a signal or a failure. Returns the exit code: 0 after a whole drain, 1 after a cut one."""
-    host = ModelHost(source, settings, Metrics())
-    lifecycle = Lifecycle()
-    config = uvicorn.Config(
-        create_app(host, lifecycle),
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        ws="none",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=FLUSH_S,
+class Sockets:
+    """The addresses that a server listens at, taken before anything is loaded."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.public = listen(settings.host, settings.port, prefix="")
+        has_admin = settings.admin_port is not None
+        self.admin = listen(settings.admin_host, settings.admin_port or 0, prefix="admin-") if has_admin else None
+
+
+def context_of(source: Package | Channel, settings: Settings) -> Context:
+    """Everything that the routes share. Raises `Refused` for what the settings name and cannot be had."""
+    return Context(
+        host=ModelHost(source, settings, Metrics()),
+        settings=settings,
+        lifecycle=Lifecycle(),
+        sessions=Sessions.at(settings.session_store),
+        memory=MemoryWatch(settings.min_free_bytes),
+        keys=Keys(Path(settings.api_keys)) if settings.api_keys is not None else None,
+        spans=Spans.from_environment(),
     )
-    server = Uvicorn(config)
+
+
+async def serve(source: Package | Channel, settings: Settings, sockets: Sockets) -> int:
+    """Serves until a signal or a failure. Returns the exit code: 0 after a whole drain, 1 after a cut one."""
+    _allow_many_connections()
+    context = context_of(source, settings)
+    host, lifecycle = context.host, context.lifecycle
     stop = asyncio.Event()
     _handle_signals(stop, host)
-    web = asyncio.create_task(server.serve(sockets=[sock]))
+    servers = [_web_server(create_app(context))]
+    webs = [asyncio.create_task(servers[0].serve(sockets=[sockets.public]))]
+    if sockets.admin is not None:
+        servers.append(_web_server(create_admin(context, stop)))
+        webs.append(asyncio.create_task(servers[1].serve(sockets=[sockets.admin])))
+        logs.event("admin", host=settings.admin_host, port=sockets.admin.getsockname()[1])
     model = asyncio.create_task(host.run())
     stopping = asyncio.create_task(stop.wait())
-    logs.event("listening", host=settings.host, port=sock.getsockname()[1], model=host.name)
+    logs.event("listening", host=settings.host, port=sockets.public.getsockname()[1], model=host.name)
     try:
         await _until_stop(stopping, model, host)
         cut = await _drain(lifecycle, settings)
@@ -78,9 +103,35 @@ async def serve(source: Package | Channel, settings: Settings, sock: socket.sock
         model.cancel()
         stopping.cancel()
         await host.stop()  # streams that outlasted the drain end here, with an error event that says so
-        server.should_exit = True
-        await asyncio.gather(web, model, stopping, return_exceptions=True)
+        for server in servers:
+            server.should_exit = True
+        await asyncio.wait([*webs, model, stopping])
+        await context.sessions.close()
+        if context.spans is not None:
+            await asyncio.to_thread(context.spans.close)
     return 1 if cut else 0
+
+
+def _web_server(app: ASGIApp) -> Uvicorn:
+    return Uvicorn(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=FLUSH_S,
+        )
+    )
+
+
+def _allow_many_connections() -> None:
+    """As many open files as this user may have: each stream is one, and the usual 1,024 are fewer than a node serves."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _until_stop(stopping: "asyncio.Task[bool]", model: "asyncio.Task[None]", host: ModelHost) -> None:

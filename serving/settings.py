@@ -27,6 +27,13 @@ class Settings:
     device: str = "auto"
     drain_s: float = 30.0
     poll_s: float = 2.0
+    max_request_s: float = 3600.0  # the longest that any request may take, whatever its client would wait
+    min_free_bytes: int = 64 << 20  # below this much free memory new requests are refused
+    api_keys: str | None = None  # a file of hashed keys; without it everyone may ask
+    session_store: str | None = None  # redis://…; sessions are kept in memory when not given
+    files_dir: str | None = None  # where files and batches are kept; without it there are none
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # 0 picks a free one; no admin port when not given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +89,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
     p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
     p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")
+    _add_service_flags(p)
     return p
+
+
+def _add_service_flags(p: argparse.ArgumentParser) -> None:
+    """Who may ask, for how long, and what is kept."""
+    p.add_argument("--max-request-s", type=_seconds, metavar="S", default=Settings.max_request_s, help="then 504")
+    p.add_argument("--min-free-bytes", type=parse_bytes, metavar="BYTES", default=Settings.min_free_bytes)
+    p.add_argument("--api-keys", metavar="FILE", help="hashed API keys, made by `python -m serving.auth NAME`")
+    # A URL may hold a password, which a command line would show to every process of the machine.
+    store = os.environ.get("SESSION_STORE_URL")
+    p.add_argument("--session-store", metavar="URL", default=store, help="redis://…, for the chat page's sessions")
+    p.add_argument("--files-dir", metavar="DIR", help="keeps files and batches there, and answers their routes")
+    p.add_argument("--admin-host", default=Settings.admin_host)
+    p.add_argument("--admin-port", type=_port, default=os.environ.get("ADMIN_PORT"), help="status, reload, drain")
 
 
 def parse(argv: Sequence[str]) -> Settings:

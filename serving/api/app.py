@@ -1,113 +1,92 @@
-"""The HTTP application: routes, and around all of them request ids, the drain, and errors in OpenAI's shape."""
+"""The HTTP application: its routes, each described truly in `/openapi.json`, and errors in OpenAI's shape."""
 
-import asyncio
-import re
-import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import logs
+from serving.api import answers
 from serving.api.chat import Chat
 from serving.api.completions import Completion
-from serving.api.errors import ApiError
-from serving.api.protocol import ChatRequest, CompletionRequest, parse
+from serving.api.context import Caller, Context
+from serving.api.document import install, path_parameter, takes
+from serving.api.embeddings import Embeddings, detokenize, tokenize
+from serving.api.errors import ApiError, documented
+from serving.api.gate import Gate
+from serving.api.generation import Generation
+from serving.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    parse,
+)
 from serving.api.sse import ClientGone, EventStream, read_body, until_disconnect
-from serving.host import ModelHost
+from serving.api.web import Conversation, Login, add_chat_page
 
+BODIES = [
+    CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, Login, Conversation,
+]  # fmt: skip
 BODY_LIMIT_BYTES = 4 << 20
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+BODY_TIMEOUT_S = 30.0
+ASK_ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
-class Lifecycle:
-    """Whether new requests are taken, and how many of those taken are not answered to their end."""
+class Answer(Protocol):
+    """A request being answered: whole, or by the events of its stream."""
 
-    def __init__(self) -> None:
-        self.draining = False
-        self.active = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
+    generation: Generation
 
-    def enter(self) -> None:
-        self.active += 1
-        self.idle.clear()
-
-    def leave(self) -> None:
-        self.active -= 1
-        if not self.active:
-            self.idle.set()
+    async def whole(self) -> dict[str, Any]: ...
 
 
-class Gate:
-    """Middleware for every request: gives it an id, counts it, and turns it away while the server drains."""
-
-    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, host: ModelHost) -> None:
-        self.app, self.lifecycle, self.host = app, lifecycle, host
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                extra = [(b"x-request-id", request_id.encode())]
-                if self.lifecycle.draining:
-                    extra.append((b"connection", b"close"))
-                message["headers"] = [*message.get("headers", ()), *extra]
-            await send(message)
-
-        if self.lifecycle.draining and scope["path"].startswith("/v1/"):
-            self.host.metrics.requests.labels("unavailable").inc()
-            refusal = ApiError(503, "The server is shutting down; try again", code="draining", retry_after_s=1)
-            await refusal.response()(scope, receive, send_with_id)
-            return
-        self.lifecycle.enter()
-        try:
-            await self.app(scope, receive, send_with_id)
-        finally:
-            self.lifecycle.leave()
-
-
-def create_app(host: ModelHost, lifecycle: Lifecycle) -> FastAPI:
-    app = FastAPI(title="Slipway serving", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, lifecycle=lifecycle, host=host)
-    _add_probes(app, host, lifecycle)
-    _add_models(app, host)
-    _add_generation(app, host)
-    _add_errors(app, host)
+def create_app(context: Context) -> FastAPI:
+    app = FastAPI(title="Slipway serving", version="1", docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, context=context)
+    _add_probes(app, context)
+    _add_models(app, context)
+    _add_generation(app, context)
+    _add_text(app, context)
+    add_chat_page(app, context)
+    _add_errors(app, context)
+    install(app, BODIES, secured=context.keys is not None)
     return app
 
 
-def _add_probes(app: FastAPI, host: ModelHost, lifecycle: Lifecycle) -> None:
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "live"}
+def is_ready(context: Context) -> bool:
+    return context.host.current is not None and not context.lifecycle.draining
 
-    @app.get("/health/ready")
+
+def _add_probes(app: FastAPI, context: Context) -> None:
+    host = context.host
+
+    @app.get("/health/live", responses={200: answers.of(answers.HEALTH)})
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "live"})
+
+    @app.get("/health/ready", responses={200: answers.of(answers.HEALTH), 503: answers.of(answers.HEALTH)})
     async def ready() -> JSONResponse:
         """200 only when a request would be answered now."""
-        if lifecycle.draining:
+        if context.lifecycle.draining:
             return JSONResponse({"status": "draining"}, status_code=503)
         if host.current is None:
             return JSONResponse({"status": "not ready", "why": host.why_not_ready}, status_code=503)
         return JSONResponse({"status": "ready", "model": host.name, "digest": host.current.package.digest})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documented(401))
     async def metrics() -> PlainTextResponse:
-        is_ready = host.current is not None and not lifecycle.draining
-        text = host.metrics.render(engines=host.engines, ready=is_ready)
+        text = host.metrics.render(engines=host.engines, ready=is_ready(context), memory=context.memory)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, host: ModelHost) -> None:
+def _add_models(app: FastAPI, context: Context) -> None:
+    host = context.host
+
     def describe() -> dict[str, Any]:
         served = host.current
         assert served is not None
@@ -120,49 +99,100 @@ def _add_models(app: FastAPI, host: ModelHost) -> None:
             "digest": served.package.digest,
         }
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe()] if host.current is not None else []}
+    @app.get("/v1/models", responses={200: answers.of(answers.MODELS), **documented(401, 503)})
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [describe()] if host.current is not None else []})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        if host.current is None or model != host.name:
-            raise ApiError(404, f"The model '{model[:200]}' does not exist", param="model", code="model_not_found")
-        return describe()
+    @app.get(
+        "/v1/models/{model:path}",
+        responses={200: answers.of(answers.MODEL), **documented(401, 404, 503)},
+        openapi_extra=path_parameter("model"),
+    )
+    async def model(request: Request) -> JSONResponse:
+        name = request.path_params["model"]
+        if host.current is None or name != host.name:
+            raise ApiError(404, f"The model '{name[:200]}' does not exist", param="model", code="model_not_found")
+        return JSONResponse(describe())
 
 
-def _add_generation(app: FastAPI, host: ModelHost) -> None:
-    def schema(kind: type[CompletionRequest] | type[ChatRequest]) -> dict[str, Any]:
-        content = {"application/json": {"schema": kind.model_json_schema()}}
-        return {"requestBody": {"required": True, "content": content}}
-
-    @app.post("/v1/completions", openapi_extra=schema(CompletionRequest))
+def _add_generation(app: FastAPI, context: Context) -> None:
+    @app.post(
+        "/v1/completions",
+        responses={200: answers.of(answers.COMPLETION, stream=True), **ASK_ERRORS},
+        openapi_extra=takes(CompletionRequest),
+    )
     async def completions(request: Request) -> Response:
-        body = parse(CompletionRequest, await read_body(request, limit_bytes=BODY_LIMIT_BYTES))
-        return await _answer(request, await Completion.start(host, body, request.scope["request_id"]))
+        body = parse(CompletionRequest, await _body(request))
+        answer = await Completion.start(context, body, Caller.of(request))
+        return await _answer(request, answer, answer.events if body.stream else None)
 
-    @app.post("/v1/chat/completions", openapi_extra=schema(ChatRequest))
+    @app.post(
+        "/v1/chat/completions",
+        responses={200: answers.of(answers.CHAT, stream=True), **ASK_ERRORS},
+        openapi_extra=takes(ChatRequest),
+    )
     async def chat_completions(request: Request) -> Response:
-        body = parse(ChatRequest, await read_body(request, limit_bytes=BODY_LIMIT_BYTES))
-        return await _answer(request, await Chat.start(host, body, request.scope["request_id"]))
+        body = parse(ChatRequest, await _body(request))
+        answer = await Chat.start(context, body, Caller.of(request))
+        return await _answer(request, answer, answer.events if body.stream else None)
+
+    @app.post(
+        "/v1/embeddings",
+        responses={200: answers.of(answers.EMBEDDINGS), **ASK_ERRORS},
+        openapi_extra=takes(EmbeddingRequest),
+    )
+    async def embeddings(request: Request) -> Response:
+        body = parse(EmbeddingRequest, await _body(request))
+        return await _answer(request, await Embeddings.start(context, body, Caller.of(request)), None)
 
 
-async def _answer(request: Request, answer: Completion | Chat) -> Response:
-    if answer.request.stream:
-        return EventStream(answer.events(), on_close=answer.generation.close)
+def _add_text(app: FastAPI, context: Context) -> None:
+    errors = documented(400, 401, 404, 408, 413, 503)
+
+    @app.post(
+        "/v1/tokenize", responses={200: answers.of(answers.TOKENS), **errors}, openapi_extra=takes(TokenizeRequest)
+    )
+    async def _tokenize(request: Request) -> JSONResponse:
+        return JSONResponse(await tokenize(context, parse(TokenizeRequest, await _body(request))))
+
+    @app.post(
+        "/v1/detokenize", responses={200: answers.of(answers.TEXT), **errors}, openapi_extra=takes(DetokenizeRequest)
+    )
+    async def _detokenize(request: Request) -> JSONResponse:
+        return JSONResponse(await detokenize(context, parse(DetokenizeRequest, await _body(request))))
+
+
+async def _body(request: Request) -> bytes:
+    return await read_body(request, limit_bytes=BODY_LIMIT_BYTES, timeout_s=BODY_TIMEOUT_S)
+
+
+async def _answer(request: Request, answer: Answer, events: Callable[[], Any] | None) -> Response:
+    """The answer, as a stream of `events` when they are asked for. Either ends when the client leaves."""
+    generation = answer.generation
+    quota = generation.caller.quota
+    headers = quota.headers() if quota is not None else {}
+    streaming = False
     try:
-        return JSONResponse(await until_disconnect(answer.whole(), request.receive))
+        if events is None:
+            return JSONResponse(await until_disconnect(answer.whole(), request.receive), headers=headers)
+        if generation.structured:
+            await until_disconnect(generation.peek(), request.receive)
+        streaming = True  # from here on the stream closes the generation
+        return EventStream(events(), on_close=generation.close, headers=headers)
     finally:
-        answer.generation.close()
+        if not streaming:
+            generation.close()
 
 
-def _add_errors(app: FastAPI, host: ModelHost) -> None:
+def _add_errors(app: FastAPI, context: Context) -> None:
+    requests = context.host.metrics.requests
     outcomes = {429: "rejected", 503: "unavailable"}
+    counted = ("engine_failed", "deadline_exceeded", "invalid_structure")  # by their generation
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        if request.method == "POST" and error.code != "engine_failed":  # that one has been counted by its generation
-            host.metrics.requests.labels(outcomes.get(error.status, "invalid")).inc()
+        if request.method == "POST" and error.code not in counted:
+            requests.labels(outcomes.get(error.status, "invalid")).inc()
         return error.response()
 
     @app.exception_handler(ClientGone)
@@ -173,10 +203,12 @@ def _add_errors(app: FastAPI, host: ModelHost) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         what = {404: "There is no such route", 405: "The method is not allowed here"}
         message = f"{what.get(error.status_code, error.detail)}: {request.method} {request.url.path[:200]}"
-        return ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None).response()
+        code = "not_found" if error.status_code == 404 else None
+        return ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        host.metrics.requests.labels("error").inc()
-        logs.event("error", level="error", message=f"{type(error).__name__}: {error}", id=request.scope["request_id"])
+        requests.labels("error").inc()
+        caller: Caller = request.scope["caller"]
+        logs.event("error", level="error", message=f"{type(error).__name__}: {error}", id=caller.request_id)
         return ApiError(500, "The server failed to answer; its log has the reason").response()

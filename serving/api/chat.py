@@ -1,15 +1,18 @@
-"""`POST /v1/chat/completions`: messages in, one message out."""
+"""`POST /v1/chat/completions`: messages in, one message or a call of a tool out."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from serving.api.completions import token_text
+from serving.api.context import Caller, Context
 from serving.api.errors import bad_request
 from serving.api.generation import Generation, encode, room, served_model
+from serving.api.messages import Message, Tool
 from serving.api.protocol import ChatRequest
+from serving.api.tools import Call, CallParser, introduce, structure_of
 from serving.engine.messages import Output, TokenLogprob
-from serving.host import ModelHost
+from serving.host import Served
 from serving.tokenizer import Tokenizer
 
 
@@ -19,49 +22,47 @@ class Chat:
     def __init__(self, request: ChatRequest, generation: Generation) -> None:
         self.request, self.generation = request, generation
         self.head = {
-            "id": f"chatcmpl-{generation.request_id}",
+            "id": f"chatcmpl-{generation.caller.request_id}",
             "created": generation.created_s,
             "model": generation.served.name,
         }
+        self._parsers = [_parser(request) for _ in range(request.n or 1)]
 
     @classmethod
-    async def start(cls, host: ModelHost, body: ChatRequest, request_id: str) -> "Chat":
-        served = served_model(host, body.model)
-        if served.chat_template is None:
-            raise bad_request("This model has no chat template; use /v1/completions", param="messages")
-        try:
-            messages = [message.for_template() for message in body.messages]
-            text = await asyncio.to_thread(served.chat_template.render, messages)
-        except ValueError as error:
-            raise bad_request(str(error), param="messages") from None
-        ids = await encode(served, text, special=False)
-        if not ids:
-            raise bad_request("The messages are empty", param="messages")
-        wanted = body.max_completion_tokens or body.max_tokens
-        max_tokens = room(served, ids, wanted)
+    async def start(cls, context: Context, body: ChatRequest, caller: Caller) -> "Chat":
+        served = served_model(context, body.model)
+        tools = (body.tools or []) if body.tool_choice != "none" else []
+        ids = await chat_ids(served, body.messages, tools)
+        max_tokens = room(served, ids, body.max_completion_tokens or body.max_tokens)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        structure = structure_of(tools, body.tool_choice)
         sequences = [
-            (ids, body.sampling(choice=choice, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=False))
+            (
+                ids,
+                body.sampling(
+                    choice=choice, max_tokens=max_tokens, logprobs=logprobs,
+                    vocab_size=served.vocab_size, structure=structure,
+                ),
+            )
             for choice in range(body.n or 1)
-        ]
-        generation = Generation(
-            served, host.metrics, sequences,
-            usage_prompt_tokens=len(ids), queue_limit_tokens=host.settings.max_queued_tokens, request_id=request_id,
-        )  # fmt: skip
-        return cls(body, generation)
+        ]  # fmt: skip
+        return cls(body, Generation(context, caller, served, sequences, usage_prompt_tokens=len(ids)))
 
     async def whole(self) -> dict[str, Any]:
         n = self.request.n or 1
         texts, reasons = [""] * n, [""] * n
+        calls: list[list[Call]] = [[] for _ in range(n)]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         async for index, output in self.generation:
-            texts[index] += output.text
-            reasons[index] = output.finish_reason or ""
+            said, called, reason = self._read(index, output)
+            texts[index] += said
+            calls[index] += called
+            reasons[index] = reason or ""
             logprobs[index] += self._logprobs(output)
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": texts[index], "refusal": None},
+                "message": _message(texts[index], calls[index]),
                 "logprobs": {"content": logprobs[index], "refusal": None} if self.request.logprobs else None,
                 "finish_reason": reasons[index],
             }
@@ -73,21 +74,71 @@ class Chat:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         head = {**self.head, "object": "chat.completion.chunk"}
         usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
+        num_calls = [0] * (self.request.n or 1)
         for index in range(self.request.n or 1):
             yield {**head, "choices": [_choice(index, {"role": "assistant", "content": ""})], **usage}
         async for index, output in self.generation:
+            said, calls, reason = self._read(index, output)
             content = self._logprobs(output)
             logprobs = {"content": content, "refusal": None} if self.request.logprobs else None
-            if output.text or content:
-                yield {**head, "choices": [_choice(index, {"content": output.text}, logprobs)], **usage}
-            if output.finish_reason:
-                yield {**head, "choices": [_choice(index, {}, None, output.finish_reason)], **usage}
+            if said or content:
+                yield {**head, "choices": [_choice(index, {"content": said}, logprobs)], **usage}
+            for call in calls:
+                delta = {"tool_calls": [{"index": num_calls[index], **call.body()}]}
+                num_calls[index] += 1
+                yield {**head, "choices": [_choice(index, delta)], **usage}
+            if reason:
+                yield {**head, "choices": [_choice(index, {}, None, reason)], **usage}
         if usage:
             yield {**head, "choices": [], "usage": self.generation.usage()}
+
+    def _read(self, index: int, output: Output) -> tuple[str, list[Call], str | None]:
+        """What an output says, what it calls, and why the answer ends with it, if it does."""
+        parser = self._parsers[index]
+        if parser is None:
+            return output.text, [], output.finish_reason
+        said, calls = parser.push(output.text)
+        if output.finish_reason is None:
+            return said, calls, None
+        rest, last = parser.flush()
+        reason = "tool_calls" if parser.num_calls and output.finish_reason == "stop" else output.finish_reason
+        return said + rest, calls + last, reason
 
     def _logprobs(self, output: Output) -> list[dict[str, Any]]:
         tokenizer = self.generation.served.tokenizer
         return [_token(tokenizer, entry) for entry in output.logprobs or ()]
+
+
+async def chat_ids(served: Served, messages: list[Message], tools: list[Tool]) -> list[int]:
+    """The prompt that asks for the next message. Raises `ApiError` when the template objects, or there is none."""
+    template = served.chat_template
+    if template is None:
+        raise bad_request("This model has no chat template; use /v1/completions", param="messages")
+    plain = [message.for_template() for message in messages]
+    speaks_of_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in plain)
+    if speaks_of_tools and not template.knows_tools:
+        plain, tools = introduce(plain, tools), []
+    try:
+        described = [tool.model_dump(exclude_none=True) for tool in tools]
+        text = await asyncio.to_thread(template.render, plain, tools=described)
+    except ValueError as error:
+        raise bad_request(str(error), param="messages") from None
+    ids = await encode(served, text, special=False)
+    if not ids:
+        raise bad_request("The messages are empty", param="messages")
+    return ids
+
+
+def _parser(request: ChatRequest) -> CallParser | None:
+    if not request.tools or request.tool_choice == "none":
+        return None
+    names = {tool.function.name for tool in request.tools}
+    return CallParser(names, forced=request.tool_choice not in (None, "auto"))
+
+
+def _message(text: str, calls: list[Call]) -> dict[str, Any]:
+    called = {"tool_calls": [call.body() for call in calls]} if calls else {}
+    return {"role": "assistant", "content": text if text or not calls else None, "refusal": None, **called}
 
 
 def _choice(

@@ -3,70 +3,77 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from serving.api.errors import bad_request
-from serving.api.generation import Generation, context_overflow, encode, room, served_model
+from serving.api.context import Caller, Context
+from serving.api.generation import Generation, context_overflow, prompt_ids, room, served_model
 from serving.api.protocol import CompletionRequest
 from serving.engine.messages import Output, SamplingParams, TokenLogprob
-from serving.host import ModelHost, Served
 from serving.tokenizer import Tokenizer
 
 
 class Completion:
-    """One request's answer, whole or as events. Choice i·n + j is the j-th answer to the i-th prompt."""
+    """One request's answer, whole or as events. Candidate i·m + j is the j-th answer to the i-th prompt; m is n, or `best_of`."""
 
     def __init__(self, request: CompletionRequest, generation: Generation, prompts: list[list[int]]) -> None:
         self.request, self.generation = request, generation
         tokenizer = generation.served.tokenizer
-        n = request.n or 1
-        self.echoes = [tokenizer.decode(ids) if request.echo else "" for ids in prompts for _ in range(n)]
-        self.prompts = [ids for ids in prompts for _ in range(n)]
+        m = request.num_candidates
+        self.echoes = [tokenizer.decode(ids) if request.echo else "" for ids in prompts for _ in range(m)]
+        self.prompts = [ids for ids in prompts for _ in range(m)]
         self.offsets = [len(echo) for echo in self.echoes]  # where each choice's own text begins
         self.head = {
-            "id": f"cmpl-{generation.request_id}",
+            "id": f"cmpl-{generation.caller.request_id}",
             "object": "text_completion",
             "created": generation.created_s,
             "model": generation.served.name,
         }
 
     @classmethod
-    async def start(cls, host: ModelHost, body: CompletionRequest, request_id: str) -> "Completion":
-        served = served_model(host, body.model)
-        prompts = [await _prompt_ids(served, prompt) for prompt in body.prompts]
+    async def start(cls, context: Context, body: CompletionRequest, caller: Caller) -> "Completion":
+        served = served_model(context, body.model)
+        prompts = [await prompt_ids(served, prompt, param="prompt") for prompt in body.prompts]
         wanted = 16 if body.max_tokens is None else body.max_tokens
         sequences: list[tuple[list[int], SamplingParams]] = []
+        chosen_later = body.num_candidates > (body.n or 1)  # by their likelihood, which the engine then reports
         for ids in prompts:
             if len(ids) > served.max_model_len:
                 raise context_overflow(served, str(len(ids)), wanted)
             max_tokens = room(served, ids, wanted)
-            for choice in range(body.n or 1):
-                echo_logprobs = bool(body.echo) and body.logprobs is not None
+            for choice in range(body.num_candidates):
                 params = body.sampling(
-                    choice=choice, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=echo_logprobs
-                )
+                    choice=choice, max_tokens=max_tokens, vocab_size=served.vocab_size,
+                    logprobs=0 if chosen_later and body.logprobs is None else body.logprobs,
+                    prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+                )  # fmt: skip
                 sequences.append((ids, params))
-        generation = Generation(
-            served, host.metrics, sequences,
-            usage_prompt_tokens=sum(map(len, prompts)),
-            queue_limit_tokens=host.settings.max_queued_tokens, request_id=request_id,
-        )  # fmt: skip
-        return cls(body, generation, prompts)
+        tokens = sum(map(len, prompts))
+        return cls(body, Generation(context, caller, served, sequences, usage_prompt_tokens=tokens), prompts)
 
     async def whole(self) -> dict[str, Any]:
         texts = list(self.echoes)
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         reasons: list[str | None] = [None] * len(texts)
+        scores = [0.0] * len(texts)  # mean logprob of a token
         async for index, output in self.generation:
             texts[index] += output.text
             reasons[index] = output.finish_reason or reasons[index]
+            scores[index] = output.cumulative_logprob / max(output.num_tokens, 1)
             new = self._logprobs(index, output)
             if new is not None:
                 old = logprobs[index] or {key: [] for key in new}
                 logprobs[index] = {key: old[key] + new[key] for key in new}
         choices = [
-            {"index": i, "text": text, "logprobs": logprobs[i], "finish_reason": reasons[i]}
-            for i, text in enumerate(texts)
+            {"index": i, "text": texts[at], "logprobs": logprobs[at], "finish_reason": reasons[at]}
+            for i, at in enumerate(self._best(scores))
         ]
         return {**self.head, "choices": choices, "usage": self.generation.usage()}
+
+    def _best(self, scores: list[float]) -> list[int]:
+        """Which candidates are answered: of each prompt's the `n` that are likeliest by the token, best first."""
+        m, n = self.request.num_candidates, self.request.n or 1
+        if m == n:
+            return list(range(len(scores)))
+        groups = [range(start, start + m) for start in range(0, len(scores), m)]
+        return [at for group in groups for at in sorted(group, key=lambda at: -scores[at])[:n]]
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
@@ -84,7 +91,7 @@ class Completion:
             yield {**self.head, "choices": [], "usage": self.generation.usage()}
 
     def _logprobs(self, index: int, output: Output) -> dict[str, list[Any]] | None:
-        if output.logprobs is None:
+        if output.logprobs is None or self.request.logprobs is None:
             return None
         tokenizer, top = self.generation.served.tokenizer, self.request.logprobs or 0
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -99,19 +106,6 @@ def _choice(
     index: int, text: str, logprobs: dict[str, list[Any]] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-async def _prompt_ids(served: Served, prompt: str | list[int]) -> list[int]:
-    ids = await encode(served, prompt, special=True) if isinstance(prompt, str) else prompt
-    assert served.engine.ready is not None
-    vocab_size = served.engine.ready.vocab_size
-    if any(i >= vocab_size for i in ids):
-        raise bad_request(f"Token {max(ids)} is outside the vocabulary of {vocab_size}", param="prompt")
-    if not ids:  # an answer to nothing begins where every document begins: after the end of another
-        ids = sorted(served.tokenizer.eos_ids)[:1]
-    if not ids:
-        raise bad_request("The prompt is empty, and this model has no token to begin with", param="prompt")
-    return ids
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

@@ -1,37 +1,55 @@
 """Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` and a fitting status."""
 
+from typing import Any
+
 from starlette.responses import JSONResponse
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 
 
 class ApiError(Exception):
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
+        self, status: int, message: str, *,
+        code: str | None = None, param: str | None = None, retry_after_s: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after_s = (
-            status,
-            message,
-            code,
-            param,
-            retry_after_s,
-        )
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
 
     def body(self) -> dict[str, object]:
-        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
-        if self.status >= 500:
-            kind = "server_error"
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else None
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers or None)
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses for the errors that a route may answer with."""
+    content = {"application/json": {"schema": SCHEMA}}
+    return {status: {"description": KINDS.get(status, "error"), "content": content} for status in statuses}

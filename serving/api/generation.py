@@ -3,21 +3,27 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from serving import logs
+from serving.api.context import Caller, Context
 from serving.api.errors import ApiError, bad_request
 from serving.engine.client import EngineError
 from serving.engine.messages import Output, SamplingParams
-from serving.host import ModelHost, Served
-from serving.metrics import Metrics
+from serving.host import Served
 
 INLINE_CHARS = 2_000  # up to here, encoding is quicker than handing it to a thread
 RETRY_MAX_S = 60
+BACKGROUND_SHARE = 0.5  # of the queue: as much may requests of the class `batch` fill, and never lock out the others
 
 
-def served_model(host: ModelHost, model: str) -> Served:
+class DeadlineExceeded(EngineError):
+    """The request took longer than its client, or the server, gives it."""
+
+
+def served_model(context: Context, model: str) -> Served:
     """The model that a request names. Raises `ApiError`: 503 while there is none, 404 for another one."""
+    host = context.host
     if model != host.name:
         message = f"The model '{model[:200]}' does not exist; this server has '{host.name}'"
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -33,6 +39,23 @@ async def encode(served: Served, text: str, *, special: bool) -> list[int]:
     if len(text) <= INLINE_CHARS:
         return served.tokenizer.encode(text, special=special)
     return await asyncio.to_thread(served.tokenizer.encode, text, special=special)
+
+
+async def prompt_ids(served: Served, prompt: str | list[int], *, param: str) -> list[int]:
+    """Token ids of a prompt that is text or ids. Raises `ApiError` for ids that the model does not have."""
+    ids = await encode(served, prompt, special=True) if isinstance(prompt, str) else prompt
+    check_ids(served, ids, param=param)
+    if not ids:  # an answer to nothing begins where every document begins: after the end of another
+        ids = sorted(served.tokenizer.eos_ids)[:1]
+    if not ids:
+        raise bad_request(f"The {param} is empty, and this model has no token to begin with", param=param)
+    return ids
+
+
+def check_ids(served: Served, ids: Sequence[int], *, param: str) -> None:
+    outside = next((i for i in ids if i >= served.vocab_size), None)
+    if outside is not None:
+        raise bad_request(f"Token {outside} is outside the vocabulary of {served.vocab_size}", param=param)
 
 
 def room(served: Served, prompt_ids: list[int], max_tokens: int | None) -> int:
@@ -52,83 +75,158 @@ def context_overflow(served: Served, prompt_tokens: str, max_tokens: int) -> Api
 
 
 class Generation:
-    """Iterates over (choice, output) and keeps the books: usage, latencies, outcome."""
+    """Iterates over (choice, output) and keeps the books: usage, quota, latencies, outcome."""
 
     def __init__(
-        self, served: Served, metrics: Metrics, prompts: list[tuple[list[int], SamplingParams]], *,
-        usage_prompt_tokens: int, queue_limit_tokens: int, request_id: str,
+        self, context: Context, caller: Caller, served: Served, prompts: list[tuple[list[int], SamplingParams]], *,
+        usage_prompt_tokens: int,
     ) -> None:  # fmt: skip
-        """Submits the sequences. Raises `ApiError`: 429 when the queue is full, 400 when it could never hold them."""
-        _admit(served, sum(len(ids) for ids, _ in prompts), limit=max(queue_limit_tokens, served.max_model_len))
-        self.served, self.metrics, self.request_id = served, metrics, request_id
+        """Submits the sequences. Raises `ApiError`: 429 when the queue or the quota is full, 400 when it never fits."""
+        submitted = sum(len(ids) for ids, _ in prompts)
+        _admit(context, caller, served, submitted)
+        _take_quota(caller, usage_prompt_tokens)
+        self.context, self.caller, self.served = context, caller, served
         self.created_s = int(time.time())
         self.prompt_tokens = usage_prompt_tokens
+        self._cached_tokens = 0
+        self._copies = submitted // max(usage_prompt_tokens, 1)  # of each prompt: usage counts it once
+        self.structured = any(params.structure is not None for _, params in prompts)
+        self._metrics = context.host.metrics
         self._num_tokens = [0] * len(prompts)
         self._started_s = time.monotonic()
         self._first_s: dict[int, float] = {}
+        self._last_s: dict[int, float] = {}
         self._outcome = "aborted"  # until an end is reached
-        self._stream = served.engine.submit(prompts)
-        metrics.prompt_tokens.inc(usage_prompt_tokens)
+        self._peeked: list[tuple[int, Output]] = []
+        self._stream = served.engine.submit(prompts, priority=caller.priority, tenant=caller.tenant)
+        self._outputs = aiter(self._stream)
+        limit_s = min(caller.deadline_s or math.inf, context.settings.max_request_s)
+        late = DeadlineExceeded(f"it was not complete after {limit_s:g} seconds")
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self._stream.put, late)
+        self._metrics.prompt_tokens.inc(usage_prompt_tokens)
+
+    async def peek(self) -> None:
+        """Waits for the first output, so that a refusal by the engine can still become the answer's status."""
+        self._peeked.append(await self._next())
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
-        try:
-            async for index, output in self._stream:
-                self._count(index, output)
-                yield index, output
-        except EngineError as error:
-            self._outcome = "error"
-            raise ApiError(500, f"The answer was interrupted: {error}", code="engine_failed") from None
+        for item in self._peeked:
+            yield item
+        while True:
+            try:
+                item = await self._next()
+            except StopAsyncIteration:
+                return
+            yield item
 
     def close(self) -> None:
         """Frees what the request still holds, and files its outcome. Must be called once, whatever happened."""
+        self._timer.cancel()
         self._stream.close()
         seconds = time.monotonic() - self._started_s
-        self.metrics.requests.labels(self._outcome).inc()
-        logs.event(
-            "request",
-            id=self.request_id,
-            outcome=self._outcome,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=sum(self._num_tokens),
-            ttft_s=round(min(self._first_s.values()) - self._started_s, 4) if self._first_s else None,
-            seconds=round(seconds, 4),
-        )
+        made = sum(self._num_tokens)
+        if self.caller.quota is not None:
+            self.caller.quota.charge(made)
+        self._metrics.requests.labels(self._outcome).inc()
+        fields = {
+            "id": self.caller.request_id,
+            "outcome": self._outcome,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": made,
+            "ttft_s": round(min(self._first_s.values()) - self._started_s, 4) if self._first_s else None,
+            "seconds": round(seconds, 4),
+        }
+        trace = self.caller.trace
+        extra = {"key": self.caller.name or None, "trace_id": trace.trace_id if trace else None}
+        logs.event("request", **fields, **{name: value for name, value in extra.items() if value is not None})
+        if self.context.spans is not None:
+            self._record(seconds, made)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, object]:
         made = sum(self._num_tokens)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": made,
             "total_tokens": self.prompt_tokens + made,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens // max(self._copies, 1)},
         }
 
+    async def _next(self) -> tuple[int, Output]:
+        """The next output. Raises `ApiError` when there will be none, and `StopAsyncIteration` at the end."""
+        try:
+            index, output = await anext(self._outputs)
+        except DeadlineExceeded as error:
+            self._outcome = "deadline"
+            raise ApiError(504, f"The answer was given up: {error}", code="deadline_exceeded") from None
+        except EngineError as error:
+            self._outcome = "error"
+            raise ApiError(500, f"The answer was interrupted: {error}", code="engine_failed") from None
+        if output.finish_reason == "error":
+            self._outcome = "invalid"
+            raise bad_request(output.text, param="response_format", code="invalid_structure")
+        self._count(index, output)
+        return index, output
+
     def _count(self, index: int, output: Output) -> None:
-        self.metrics.output_tokens.inc(output.num_tokens - self._num_tokens[index])
+        metrics, now_s = self._metrics, time.monotonic()
+        new = output.num_tokens - self._num_tokens[index]
+        metrics.output_tokens.inc(new)
         self._num_tokens[index] = output.num_tokens
-        now_s = time.monotonic()
         if index not in self._first_s:
             self._first_s[index] = now_s
-            self.metrics.ttft.observe(now_s - self._started_s)
-            self.metrics.queue.observe(output.queue_s or 0.0)
+            self._cached_tokens += output.cached_tokens
+            metrics.ttft.observe(now_s - self._started_s)
+            metrics.queue.observe(output.queue_s or 0.0)
+        elif new:
+            metrics.itl.observe((now_s - self._last_s[index]) / new)
+        self._last_s[index] = now_s
         if output.finish_reason:
             self._outcome = output.finish_reason
             if output.num_tokens > 1:
-                self.metrics.tpot.observe((now_s - self._first_s[index]) / (output.num_tokens - 1))
+                metrics.tpot.observe((now_s - self._first_s[index]) / (output.num_tokens - 1))
+
+    def _record(self, seconds: float, made: int) -> None:
+        assert self.context.spans is not None
+        attributes = {
+            "gen_ai.provider.name": "slipway",
+            "gen_ai.request.model": self.served.name,
+            "gen_ai.usage.input_tokens": self.prompt_tokens,
+            "gen_ai.usage.output_tokens": made,
+            "gen_ai.response.finish_reasons": [self._outcome],
+            "slipway.request_id": self.caller.request_id,
+        }
+        self.context.spans.record(
+            f"generate {self.served.name}", trace=self.caller.trace, seconds=seconds, attributes=attributes,
+            failed=self._outcome in ("error", "deadline"),
+        )  # fmt: skip
 
 
-def _admit(served: Served, tokens: int, *, limit: int) -> None:
+def _admit(context: Context, caller: Caller, served: Served, tokens: int) -> None:
     """The queue is bounded by its tokens, not its requests: tokens are what a newcomer waits for."""
+    limit = max(context.settings.max_queued_tokens, served.max_model_len)
     if tokens > limit:
         message = (
             f"The request has {tokens} prompt tokens in all, and the queue holds {limit}. Send fewer prompts at once"
         )
         raise bad_request(message, code="request_too_large")
     queued = served.engine.queued_tokens
-    if queued + tokens > limit:
-        wait_s = queued / served.engine.dequeued_tokens_per_s()
+    share = max(int(limit * BACKGROUND_SHARE), served.max_model_len) if caller.priority < 0 else limit
+    if queued + tokens > share:
+        # When there will be room for it, at the rate at which the queue has been getting shorter.
+        wait_s = (queued + tokens - share) / served.engine.dequeued_tokens_per_s()
         raise ApiError(
             429,
-            f"The server is busy: {queued} tokens are queued and the limit is {limit}. Try again later",
+            f"The server is busy: {queued} tokens are queued and the limit is {share}. Try again later",
             code="rate_limit_exceeded",
             retry_after_s=min(max(math.ceil(wait_s), 1), RETRY_MAX_S),
         )
+
+
+def _take_quota(caller: Caller, prompt_tokens: int) -> None:
+    if caller.quota is None:
+        return
+    short = caller.quota.admit(prompt_tokens)
+    if short is not None:
+        name, wait_s = short
+        message = f"The quota of this key is used up: {name} per minute. Try again in {wait_s} seconds"
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s, headers=caller.quota.headers())

@@ -1,57 +1,78 @@
 """What a request may say. Strict: what would be ignored is refused, unless ignoring it changes no answer."""
 
 import difflib
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serving.api.errors import bad_request
-from serving.engine.messages import SamplingParams
+from serving.api.messages import Message, Text, Tool, ToolChoice
+from serving.engine.messages import SamplingParams, Structure
 
-# For the client's own records, or for a speed that this server always gives: no answer depends on them.
-HARMLESS = frozenset(
-    [
-        "user",
-        "metadata",
-        "store",
-        "safety_identifier",
-        "prompt_cache_key",
-        "service_tier",
-        "parallel_tool_calls",
-        "verbosity",
-    ]
-)
-# Understood, and not offered: only the value that asks for nothing is taken.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
+STRUCTURE_LIMIT_CHARS = 64 << 10  # of a schema, a regular expression or a grammar
+JSON_OBJECT = '{"type": "object"}'
 
-Text = Annotated[str, Field(max_length=4_000_000)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Rule = Annotated[str, Field(min_length=1, max_length=STRUCTURE_LIMIT_CHARS)]
+Ignored = Annotated[Any, Field(description="Accepted, and used for nothing: no answer depends on it.")]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest(cls, raw: Any) -> Any:
+        for key in raw if isinstance(raw, dict) else ():
+            if key not in cls.model_fields:
+                nearest = difflib.get_close_matches(str(key)[:100], cls.model_fields, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise ValueError(f"unknown field '{str(key)[:100]}'{hint}")
+        return raw
+
 
 class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # padding against traffic analysis: never added here
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False  # padding against traffic analysis: never added here
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class RegexFormat(Strict):
+    type: Literal["regex"]
+    regex: Rule
+
+
+class GrammarFormat(Strict):
+    type: Literal["grammar"]
+    grammar: Rule
+
+
+Format = Annotated[PlainFormat | JsonSchemaFormat | RegexFormat | GrammarFormat, Field(discriminator="type")]
 
 
 class GenerationRequest(Strict):
-    """What completions and chat have in common."""
+    """What completions and chat have in common. `top_k` to `ignore_eos` go beyond OpenAI's, in vLLM's names."""
 
     model: str
     stream: bool | None = False
@@ -59,29 +80,25 @@ class GenerationRequest(Strict):
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = 0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    ignore_eos: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_changes_nothing(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        kept = {}
-        for key, value in raw.items():
-            if key in cls.model_fields:
-                kept[key] = value
-            elif key in NEUTRAL:
-                # `==` would take False for 0: a boolean is not the neutral number.
-                if value is not None and (isinstance(value, bool) or value not in NEUTRAL[key]):
-                    raise ValueError(f"'{key}' is not supported by this server; leave it out")
-            elif key not in HARMLESS:
-                nearest = difflib.get_close_matches(key[:100], cls.model_fields, n=1)
-                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-                raise ValueError(f"unknown field '{key[:100]}'{hint}")
-        return kept
+    response_format: Format | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = 1.0
+    stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
+    ignore_eos: bool | None = False
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    service_tier: Ignored = None
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> "GenerationRequest":
@@ -91,19 +108,46 @@ class GenerationRequest(Strict):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, *, choice: int, max_tokens: int, logprobs: int | None, prompt_logprobs: bool) -> SamplingParams:
+    @property
+    def structure(self) -> Structure | None:
+        """The form that `response_format` asks for."""
+        match self.response_format:
+            case JsonSchemaFormat(json_schema=JsonSchema(schema_=dict() as schema)):
+                return json_structure(schema, param="response_format")
+            case JsonSchemaFormat() | PlainFormat(type="json_object"):
+                return Structure("json_schema", JSON_OBJECT)
+            case RegexFormat(regex=regex):
+                return Structure("regex", regex)
+            case GrammarFormat(grammar=grammar):
+                return Structure("grammar", grammar)
+        return None
+
+    def sampling(
+        self, *, choice: int, max_tokens: int, logprobs: int | None, vocab_size: int,
+        prompt_logprobs: bool = False, structure: Structure | None = None,
+    ) -> SamplingParams:  # fmt: skip
         """The parameters of one of the n choices: each has a seed of its own, so that they differ."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        bias = tuple((int(token), value) for token, value in (self.logit_bias or {}).items())
+        outside = [token for token, _ in bias if token >= vocab_size]
+        if outside:
+            raise bad_request(f"Token {outside[0]} is outside the vocabulary of {vocab_size}", param="logit_bias")
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=bias,
             seed=None if self.seed is None else hash((self.seed, choice)) if choice else self.seed,
-            stop=stop,
-            ignore_eos=self.ignore_eos,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            structure=structure or self.structure,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
@@ -114,6 +158,20 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _best_of_has_something_to_choose_from(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("'best_of' must be at least 'n'")
+        if self.num_candidates > (self.n or 1) and self.stream:
+            raise ValueError("'best_of' above 'n' is chosen at the end, so it cannot be streamed")
+        return self
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -124,38 +182,77 @@ class CompletionRequest(GenerationRequest):
         return [p for p in self.prompt if not isinstance(p, int)]
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Annotated[str, Field(max_length=256)] | None = None
-
-    def for_template(self) -> dict[str, str]:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        named = {} if self.name is None else {"name": self.name}
-        # Templates of open models know `system`, which is what OpenAI's newer `developer` stands for.
-        return {"role": "system" if self.role == "developer" else self.role, "content": content, **named}
-
-
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: Ignored = None
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> "ChatRequest":
+    def _parts_agree(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs logprobs=true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two 'tools' have one name")
+        if not isinstance(self.tool_choice, str) and self.tool_choice is not None:
+            if self.tool_choice.function.name not in names:
+                raise ValueError(f"'tool_choice' names '{self.tool_choice.function.name}', which is not in 'tools'")
+        elif self.tool_choice == "required" and not names:
+            raise ValueError("'tool_choice' is 'required' and there are no 'tools'")
         return self
 
 
-R = TypeVar("R", bound=GenerationRequest)
+class EmbeddingRequest(Strict):
+    model: str
+    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=256)]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: Ignored = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str):
+            return [self.input]
+        if not self.input or isinstance(self.input[0], int):
+            return [[i for i in self.input if isinstance(i, int)]]
+        return [p for p in self.input if not isinstance(p, int)]
+
+
+class TokenizeRequest(Strict):
+    """A text, or a chat as the model would see it."""
+
+    model: str
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages'")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str
+    tokens: Annotated[TokenIds, Field(max_length=1 << 20)]
+
+
+def json_structure(schema: Any, *, param: str) -> Structure:
+    """The structure of a JSON schema. Raises `ApiError` when it is too large to compile in reasonable time."""
+    text = json.dumps(schema)
+    if len(text) > STRUCTURE_LIMIT_CHARS:
+        raise bad_request(f"The schema is longer than {STRUCTURE_LIMIT_CHARS} characters", param=param)
+    return Structure("json_schema", text)
+
+
+R = TypeVar("R", bound=BaseModel)
 
 
 def parse(kind: type[R], body: bytes) -> R:

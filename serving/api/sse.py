@@ -24,8 +24,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None], *, on_close: Callable[[], None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any], None], *, on_close: Callable[[], None], headers: dict[str, str]
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._events, self._on_close = events, on_close
 
@@ -78,8 +80,17 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read_body(request: Request, *, limit_bytes: int) -> bytes:
-    """The request's body. Raises `ApiError` (413) as soon as it is too large, and `ClientGone`."""
+async def read_body(request: Request, *, limit_bytes: int, timeout_s: float) -> bytes:
+    """The request's body. Raises `ClientGone`, and `ApiError`: 413 as soon as it is too large, 408 when it is slow."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_all(request, limit_bytes)
+    except TimeoutError:
+        close = {"connection": "close"}  # the rest of the body may still come, and is no request
+        raise ApiError(408, f"The body did not come within {timeout_s:g} seconds", headers=close) from None
+
+
+async def _read_all(request: Request, limit_bytes: int) -> bytes:
     too_large = ApiError(413, f"The body is larger than {limit_bytes} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:

@@ -32,6 +32,11 @@ def post(server: Server, path: str, body: dict | bytes) -> httpx.Response:
     return httpx.post(server.url + path, content=content, timeout=60, headers={"content-type": "application/json"})
 
 
+def counted(usage) -> dict:
+    """Usage without what the cache of prefixes had: the second of two like requests finds the first one's prompt."""
+    return usage.model_dump(exclude={"prompt_tokens_details"})
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -54,7 +59,7 @@ def test_a_stream_joins_to_the_whole_answer_and_usage_is_exact(client: openai.Op
     )
     assert "".join(c.choices[0].text for c in chunks if c.choices) == choice.text
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert counted(chunks[-1].usage) == counted(whole.usage)
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
 
 
@@ -132,7 +137,7 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
         assert mine[0].delta.role == "assistant"
         assert "".join(c.delta.content or "" for c in mine) == whole.choices[index].message.content
         assert mine[-1].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage
+    assert counted(chunks[-1].usage) == counted(whole.usage)
 
 
 def test_chat_without_a_limit_uses_what_the_context_has_left(client: openai.OpenAI) -> None:
@@ -152,9 +157,12 @@ BAD_FIELDS = [
     ({"logprobs": 99}, "logprobs"), ({"prompt": None}, "prompt"), ({"prompt": {}}, "prompt"),
     ({"prompt": [[-1]]}, "prompt"), ({"prompt": [384]}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
     ({"prompt": [2**80]}, "prompt"), ({"prompt": ["a"] * 300}, "prompt"), ({"model": 5}, "model"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"), ({"logit_bias": {"1": 5}}, "logit_bias"),
-    ({"best_of": 3}, "best_of"), ({"suffix": "end"}, "suffix"), ({"temprature": 1}, "did you mean 'temperature'"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"response_format": {"type": "json_object"}}, "resp"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"), ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"384": 1}}, "logit_bias"), ({"min_p": 1.5}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"best_of": 3, "n": 4}, "best_of"), ({"best_of": 3, "stream": True}, "best_of"), ({"suffix": "end"}, "suffix"), ({"temprature": 1}, "did you mean 'temperature'"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"response_format": {"type": "xml"}}, "resp"),
+    ({"response_format": {"type": "regex"}}, "regex"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""One HTTP/1.1 connection: uvicorn's, with limits on what a client may hold before it has asked for anything.
+
+A slow-loris client opens connections and sends a header every few seconds; another sends one header without end.
+Neither reaches the application, so neither can be answered for there.
+"""
+
+import asyncio
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.api.errors import ApiError
+
+HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
+HEAD_LIMIT_BYTES = 64 << 10
+
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's bad bytes are no news of ours
+
+
+class Connection(HttpToolsProtocol):
+    """Refuses a request whose head is too slow (408), too large (431) or no HTTP (400), in OpenAI's shape."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > HEAD_LIMIT_BYTES:
+            self._refuse(ApiError(431, f"The headers are larger than {HEAD_LIMIT_BYTES} bytes"))
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True  # whatever comes next on this connection is the next request's head
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:  # what uvicorn calls when the bytes are no HTTP
+        self._refuse(ApiError(400, msg))
+
+    def _head_is_late(self) -> None:
+        self._refuse(ApiError(408, f"The headers did not come within {HEAD_TIMEOUT_S:g} seconds"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers and hangs up, unless an answer to an earlier request on this connection is on its way."""
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            response = error.response()
+            head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
+            lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
+            self.transport.write(b"".join([head, *lines, b"connection: close\r\n\r\n", bytes(response.body)]))
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
