@@ -165,10 +165,10 @@ def replicas_for(server: Server, *, room: Room, traffic: Traffic, slo: Slo, at_l
     """The fewest replicas that meet `slo`; None when even one request at a time does not, or more than `MOST_REPLICAS` are needed."""
 
     def enough(replicas: int) -> bool:
-        return meets(simulate(server, load=load_of(traffic, replicas=replicas), room=room, requests=200), slo)
+        return meets(simulate(server, load=load_of(traffic, replicas=replicas), room=room), slo)
 
     alone = replace(load_of(traffic, replicas=1), rps=RARE_RPS)
-    if not meets(simulate(server, load=alone, room=room, requests=200), slo):
+    if not meets(simulate(server, load=alone, room=room), slo):
         return None
     high = max(at_least, 1)
     while not enough(high):

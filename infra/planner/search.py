@@ -164,7 +164,7 @@ def cheapest_serving(
             output_tokens=traffic.output_tokens,
             spread=traffic.spread,
         )
-        latency = simulate(server, load=load, room=room, requests=200)
+        latency = simulate(server, load=load, room=room)
         assert meets(latency, slo)
         nodes = -(-replicas // (machine.gpus // tp))
         per_h = nodes * (machine.price or 0)

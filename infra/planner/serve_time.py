@@ -5,6 +5,7 @@ kernels and all-reduces: time = max(weights/(bandwidth·η), FLOPs/rate) + cache
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from infra.catalog import Gpu
 from infra.planner.collectives import Group, collective_s
@@ -18,6 +19,9 @@ weight is first widened (gpt-fast's own int8 and int4 kernels)."""
 
 CACHE_SHARE = 0.80
 """Share of bandwidth at which paged attention reads the cache."""
+
+PREFILL_ATTENTION = 0.40
+"""Share of bf16 peak at which prefill scores its tokens against those before them."""
 
 KERNELS_PER_LAYER, KERNEL_S = 9, 5e-6
 """Kernels of a decoding layer under CUDA graphs, and what each costs beyond its bytes: start, tail, dependency."""
@@ -38,32 +42,51 @@ class Server:
     kv_bytes: float = 2
     node: int = 8
 
-    @property
+    @cached_property
     def flops_per_s(self) -> float:
         """FLOP/s that one GPU multiplies at in prefill."""
         return product_tflops(self.gpu, fp8=self.form.name == "fp8") * 1e12
 
+    @cached_property
+    def _weights_s(self) -> float:
+        """Seconds to read all weights once."""
+        rate = self.gpu.bandwidth_gbps * 1e9 * STREAM_SHARE[self.form.name]
+        return streamed_bytes(self.shape, form=self.form, tp=self.tp) / rate
+
+    @cached_property
+    def _products_s(self) -> tuple[float, float]:
+        """Seconds to multiply one token with the blocks, and with the output head."""
+        shape, rate = self.shape, self.tp * self.flops_per_s
+        return 2 * shape.layers * shape.block_matrices / rate, 2 * shape.embedding / rate
+
+    @cached_property
+    def _attention_s(self) -> tuple[float, float]:
+        """Seconds to read one cached token, and to score one prompt token against one before it."""
+        shape, gpu = self.shape, self.gpu
+        read = shape.kv_bytes_per_token(bytes_per_value=self.kv_bytes, tp=self.tp)
+        scores = 4 * shape.layers * shape.q_width / self.tp
+        return read / (gpu.bandwidth_gbps * 1e9 * CACHE_SHARE), scores / (gpu.tflops_bf16 * 1e12 * PREFILL_ATTENTION)
+
     def mixed_s(self, *, decoding: float, context: float, prefill: float = 0.0, prefill_context: float = 0.0) -> float:
         """Seconds of one forward pass: `decoding` sequences of `context` tokens and `prefill` prompt tokens with
         `prefill_context` tokens before each on the mean."""
-        shape, gpu, bandwidth = self.shape, self.gpu, self.gpu.bandwidth_gbps * 1e9
         tokens = decoding + prefill
-        weights = streamed_bytes(shape, form=self.form, tp=self.tp) / (bandwidth * STREAM_SHARE[self.form.name])
-        # Of a prompt only the last token goes through the output head.
-        products = shape.layers * shape.block_matrices * tokens + shape.embedding * decoding
-        multiply = 2 * products / self.tp / self.flops_per_s
-        cached = decoding * context * shape.kv_bytes_per_token(bytes_per_value=self.kv_bytes, tp=self.tp)
-        scores = 4 * shape.layers * shape.q_width * prefill * prefill_context / self.tp
-        attention = cached / (bandwidth * CACHE_SHARE) + scores / (gpu.tflops_bf16 * 1e12 * 0.4)
-        latency = shape.layers * (KERNELS_PER_LAYER * KERNEL_S + 2 * self._all_reduce_s(tokens))
-        return max(weights, multiply) + attention + latency + self._hops_s(tokens)
+        block, head = self._products_s  # of a prompt only the last token goes through the output head
+        cached, score = self._attention_s
+        attention = decoding * context * cached + prefill * prefill_context * score
+        latency = self.shape.layers * (KERNELS_PER_LAYER * KERNEL_S + 2 * self._all_reduce_s(tokens))
+        return max(self._weights_s, block * tokens + head * decoding) + attention + latency + self._hops_s(tokens)
 
     def _all_reduce_s(self, tokens: float) -> float:
+        if self.tp == 1:
+            return 0.0
         message = 2 * tokens * self.shape.hidden
         group = Group(size=self.tp, node=self.node)
         return collective_s("all_reduce", message_bytes=message, gpu=self.gpu, group=group)
 
     def _hops_s(self, tokens: float) -> float:
+        if self.pp == 1:
+            return 0.0
         message = 2 * tokens * self.shape.hidden / self.tp
         group = Group(size=2, stride=self.tp, node=self.node)
         return (self.pp - 1) * collective_s("send", message_bytes=message, gpu=self.gpu, group=group)

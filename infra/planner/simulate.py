@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from infra.planner.serve_time import SCHEDULER_S, Server
 
@@ -84,7 +85,8 @@ def requests_of(load: Load, *, number: int, most_tokens: float, seed: int = SEED
     return made
 
 
-def simulate(server: Server, *, load: Load, room: Room, requests: int = 400, seed: int = SEED) -> Latency:
+@lru_cache(maxsize=1024)
+def simulate(server: Server, *, load: Load, room: Room, requests: int = 200, seed: int = SEED) -> Latency:
     """Latencies of `requests` requests on one replica. Raises ValueError for a cache that holds no request."""
     if room.cache_tokens < 2:
         raise ValueError("the KV cache holds no request")
@@ -114,17 +116,18 @@ def _size(request: _Request) -> int:
 
 def _step(server: Server, running: list[_Request], *, clock: float, room: Room, until: float) -> float:
     """Run one step, or as many alike as fit before anything changes; the clock after it."""
-    decoding = [request for request in running if not request.to_prefill]
-    context = sum(request.prompt + request.made for request in decoding) / max(len(decoding), 1)
-    budget, chunk, before, finished = max(room.batched_tokens - len(decoding), 1), 0, 0.0, list[_Request]()
+    decoding, starting = list[_Request](), list[_Request]()
     for request in running:
-        if request.to_prefill and budget > chunk:
-            take = min(request.to_prefill, budget - chunk)
-            before += take * (request.prompt - request.to_prefill + take / 2)
-            request.to_prefill -= take
-            chunk += take
-            if not request.to_prefill:
-                finished.append(request)
+        (starting if request.to_prefill else decoding).append(request)
+    context = sum([request.prompt + request.made for request in decoding]) / max(len(decoding), 1)
+    budget, chunk, before, finished = max(room.batched_tokens - len(decoding), 1), 0, 0.0, list[_Request]()
+    for request in starting:
+        take = min(request.to_prefill, budget - chunk)
+        before += take * (request.prompt - request.to_prefill + take / 2)
+        request.to_prefill -= take
+        chunk += take
+        if not request.to_prefill:
+            finished.append(request)
     step = SCHEDULER_S + server.mixed_s(
         decoding=len(decoding), context=context, prefill=chunk, prefill_context=before / max(chunk, 1)
     )
@@ -132,7 +135,7 @@ def _step(server: Server, running: list[_Request], *, clock: float, room: Room, 
     if not chunk:
         # Nothing to prefill: the same step again until a sequence ends or a request arrives; contexts grow by few tokens.
         times = min(request.output - request.made for request in decoding)
-        times = max(min(times, 32, math.ceil((until - clock) / step) if until < math.inf else times), 1)
+        times = max(min(times, 64, math.ceil((until - clock) / step) if until < math.inf else times), 1)
     clock += times * step
     for request in decoding:
         request.made += times
