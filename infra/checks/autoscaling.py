@@ -26,15 +26,15 @@ def metric_is_scraped(stack: Stack, _: Plan) -> Iterator[Finding]:
             )
 
 
-def target_can_be_reached(stack: Stack, _: Plan) -> Iterator[Finding]:
+def target_can_be_reached(stack: Stack, plan: Plan) -> Iterator[Finding]:
     """SLW402: a target that in-flight requests cannot pass never fires; one above what decodes together fires when there is a queue."""
-    for service in stack.services:
+    for service, planned in zip(stack.services, plan.services, strict=True):
         scaling = service.autoscaling
         if scaling is None or scaling.target_in_flight <= service.max_num_seqs:
             continue
-        # Each waiting request has a prompt of a token at least, and what is above the queue's limit gets 429.
-        ceiling = service.max_num_seqs + service.max_queued_tokens
-        never = scaling.target_in_flight >= ceiling
+        # A waiting request has a token at least, and 429 is what comes above the queue's limit, which is a context at the least.
+        ceiling = service.max_num_seqs + max(service.max_queued_tokens, planned.max_model_len or 0)
+        never = planned.max_model_len is not None and scaling.target_in_flight >= ceiling
         wanted = max(int(HEADROOM * service.max_num_seqs), 1)
         yield Finding(
             code="SLW402",

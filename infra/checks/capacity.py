@@ -112,7 +112,8 @@ def _too_large(demand: Demand, pool: NodePool, machine: Instance, *, cloud: str)
         message=f"{what} asks for {demand.gpus} GPUs, {demand.cpus:g} CPUs and {demand.memory_gib:g} GiB, "
         f"and a {machine.name} node has {machine.gpus}, {machine.allocatable_cpus:.1f} and "
         f"{machine.allocatable_gib:.0f} to give",
-        fix="lower `gpus` or `resources`, or take a larger instance for the pool",
+        fix="lower `gpus` or `resources`, or take a larger instance for the pool"
+        + (", as your machines are: a TOML file that $SLIPWAY_CATALOG names says so" if cloud == "local" else ""),
         patch=patch,
     )
 

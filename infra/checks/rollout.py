@@ -90,11 +90,11 @@ def checkpoints_are_worth_it(stack: Stack, plan: Plan) -> Iterator[Finding]:
         return
     spot = "spot" in stack.pool(training.pool).capacity
     every_h = training.checkpoint.every_steps * run.step.value / 3600
+    too_long_h = max(WORTH_SAVING_H, 2 * run.best_checkpoint_s / 3600)
     none_before_the_end = training.checkpoint.every_steps >= training.steps and run.hours.value > WORTH_SAVING_H
-    if not none_before_the_end and not (spot and every_h > WORTH_SAVING_H):
+    if not none_before_the_end and not (spot and every_h > too_long_h):
         return
-    often = int(WORTH_SAVING_H / 2 * 3600 / run.step.value)
-    wanted = max(min(run.best_checkpoint_steps, often, training.steps // 2), 1)
+    wanted = max(min(run.best_checkpoint_steps, training.steps // 2), 1)
     yield Finding(
         code="SLW504",
         severity="warn",
@@ -105,7 +105,7 @@ def checkpoints_are_worth_it(stack: Stack, plan: Plan) -> Iterator[Finding]:
             if none_before_the_end
             else f", which an interruption of one of {training.nodes} spot nodes loses (about {run.interruptions:.2g} in a run)"
         ),
-        fix=f"every_steps: {wanted} ({wanted * run.step.value / 60:.0f} min; the least is lost at {run.best_checkpoint_steps})",
+        fix=f"every_steps: {wanted}, each {wanted * run.step.value / 60:.0f} min, which loses the least (Young 1974)",
         patch={"training.checkpoint.every_steps": wanted},
     )
 

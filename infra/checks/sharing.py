@@ -34,11 +34,14 @@ def pool_holds_all(stack: Stack, _: Plan) -> Iterator[Finding]:
         if most <= pool.max_nodes:
             continue
         never = least > pool.max_nodes
+        waits = (
+            never and not local
+        )  # processes of one machine share its GPUs, and a server may come when the training is over
         pods = [(demand, demand.least if never else demand.most) for demand in asked]
         enough = sum(demand.nodes(count, machine=machine) for demand, count in pods)
         yield Finding(
             code="SLW105",
-            severity="error" if never else "warn",
+            severity="error" if waits else "warn",
             where=f"node_pools.{name}.max_nodes",
             message=f"{_list(pods)} need {least if never else most} nodes {'' if never else 'at full scale '}together, "
             f"and pool {name!r} can hold {pool.max_nodes}",

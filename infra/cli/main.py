@@ -11,6 +11,7 @@ import typer
 
 from infra.checks import Refused
 from infra.cli import local
+from infra.cli.check import check
 from infra.cli.estimate import estimate
 from infra.cli.plan import plan
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.command()(plan)
+app.command()(check)
 app.command()(estimate)
 app.command()(size)
 

@@ -150,13 +150,21 @@ def spot(run: TrainingPlan) -> str:
 
 
 def latency(service: ServicePlan) -> str | None:
-    """`first token 0.21 s, 0.4 s (p50, p95) · a token 18 ms, 25 ms`; None where no traffic is declared."""
+    """`first token 210 ms, p95 400 ms · each token after it 18 ms, p95 25 ms`; None where no traffic is declared."""
     if service.ttft_p50_s is None or service.ttft_p95_s is None:
         return None
     if service.tpot_p50_s is None or service.tpot_p95_s is None or not service.keeps_up:
         return "does not keep up with its traffic: the queue grows"
-    ttft = f"first token {service.ttft_p50_s:.2g} s, {service.ttft_p95_s:.2g} s (p50, p95)"
-    return f"{ttft} · a token {1e3 * service.tpot_p50_s:.2g} ms, {1e3 * service.tpot_p95_s:.2g} ms"
+    ttft, tpot = (
+        f"{short(p50)}, p95 {short(p95)}"
+        for p50, p95 in ((service.ttft_p50_s, service.ttft_p95_s), (service.tpot_p50_s, service.tpot_p95_s))
+    )
+    return f"first token {ttft} · each token after it {tpot}"
+
+
+def short(seconds: float) -> str:
+    """`4.2 ms`, `1.3 s`."""
+    return f"{1e3 * seconds:.2g} ms" if seconds < 0.995 else f"{seconds:.2g} s"
 
 
 def _service(service: ServicePlan) -> list[RenderableType]:

@@ -69,7 +69,7 @@ def _findings(findings: Sequence[Finding]) -> Html:
     items = [
         tag(
             "li",
-            tag("p", tag("b", finding.code), " ", tag("code", finding.where), " ", finding.message),
+            tag("p", tag("b", finding.code), " ", tag("code", finding.where), ": ", finding.message),
             tag("p", tag("b", "Fix"), " ", finding.fix, class_="fix"),
             class_=finding.severity,
         )

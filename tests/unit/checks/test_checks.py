@@ -89,6 +89,26 @@ def test_unused_nodes_go_before_the_budget_is_given_up(changed: Callable[..., Pa
     assert check(load(file), plan(load(file))) == ()
 
 
+AUTO = [
+    {"node_pools.1.instance": "auto", "services.0.traffic": {"rps": 20}},
+    {"node_pools.0.instance": "auto", "training.deadline_h": 30},
+    {"training.parallelism": "auto", "training.micro_batch": 1},
+    {"services.0.replicas": "auto", "services.0.autoscaling": None, "services.0.traffic": {"rps": 40}},
+]
+
+
+@pytest.mark.parametrize("values", AUTO)
+def test_what_auto_chooses_passes_the_checks(variant: Callable[..., Stack], values: Values) -> None:
+    stack = variant("prod", values | {"budget": {}})
+    assert [finding for finding in check(stack, plan(stack)) if finding.severity == "error"] == []
+
+
+def test_a_layout_that_splits_layers_shares_the_batch_among_fewer(variant: Callable[..., Stack]) -> None:
+    """16 ranks of tp 8 are two that see different sequences: a batch of 250 is 2 × 125."""
+    values = {"training.parallelism": {"tp": 8}, "training.global_batch": 250, "training.micro_batch": 5}
+    assert found(variant("prod", values), "SLW301") == []
+
+
 numbers = st.integers(min_value=1, max_value=64)
 
 

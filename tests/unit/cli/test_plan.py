@@ -20,6 +20,7 @@ from infra.cli.edit import EditError, apply
 from infra.cli.main import app
 from infra.cli.report import page
 from infra.planner import plan
+from infra.render import render
 from infra.spec import load
 
 ROOT = Path(__file__).parents[3]
@@ -207,6 +208,29 @@ def test_a_part_that_is_new_or_gone_is_a_change() -> None:
     found = {change.what: change for change in changes(whole, bare)}
     assert found["pools.train.instance"].after is None
     assert found["pools.laptop.instance"].before is None
+
+
+def test_manifests_of_others_are_checked_from_files_and_folders(tmp_path: Path) -> None:
+    render(ROOT / "stacks" / "Pulumi.local.yaml", tmp_path / "ours")
+    clean = CliRunner().invoke(app, ["check", str(tmp_path / "ours"), "--json"])
+    assert clean.exit_code == 0
+    document = json.loads(clean.stdout)
+    assert document["manifests"] > 30
+    assert document["findings"] == []
+    pod = {"name": "x", "image": "x:1", "resources": {"requests": {"nvidia.com/gpu": 1}}}
+    theirs = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [pod]}}
+    (tmp_path / "pod.json").write_text(json.dumps(theirs))
+    found = CliRunner().invoke(app, ["check", str(tmp_path / "pod.json")])
+    assert found.exit_code == 2
+    assert "SLW111 error Pod/x: container 'x' requests 1 of nvidia.com/gpu" in found.stderr
+
+
+@pytest.mark.parametrize("text", ["a: [", "\xff"])
+def test_files_that_are_no_manifests_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text, encoding="latin-1")
+    done = CliRunner().invoke(app, ["check", str(tmp_path)])
+    assert "not YAML in UTF-8" in str(done.exception)
+    assert "no such file" in str(CliRunner().invoke(app, ["check", str(tmp_path / "none.yaml")]).exception)
 
 
 class Page(HTMLParser):
