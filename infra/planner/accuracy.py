@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from statistics import median
 from typing import Any, cast
 
@@ -122,11 +123,15 @@ def _rows(point: Point) -> Iterable[Row]:
     else:
         predict = _inference(point)
     for quantity, measured in point.measured.items():
-        if measured is None or isinstance(measured, str):
+        if not isinstance(measured, int | float):
             continue
         predicted = predict(quantity.lower(), measured)
         if predicted is None:
             continue
+        if not isinstance(measured, bool) and not (isfinite(measured) and measured > 0):
+            raise ValueError(f"{quantity} {measured!r} is no measurement")
+        if not isfinite(predicted):
+            raise ValueError(f"{quantity}: the other fields give no finite number")
         error = (
             (0.0 if bool(predicted) == measured else 1.0)
             if isinstance(measured, bool)

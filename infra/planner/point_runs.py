@@ -89,6 +89,14 @@ def layout_of(point: Point, framework: Framework) -> Layout:
         times = point.gpus // layout.gpus
         point.assumptions.append(f"parallelism names {layout.gpus} of {point.gpus} GPUs: the rest taken as replicas")
         layout = replace(layout, dp=layout.dp * times)
+    if (
+        layout.pp > 1
+        and layout.vpp == 1
+        and "interleav" in point.text
+        and not any(k in given for k in ("vpp", "virtual_pp"))
+    ):
+        point.assumptions.append("interleaved, and not in how many chunks: 2 a stage")
+        layout = replace(layout, vpp=2)
     stage = given.get("zero_stage", given.get("zero"))
     zero = (3 if layout.fsdp > 1 else framework.zero) if stage is None else int(number(stage, default=0))
     if layout.fsdp > 1 and zero in (0, 1) and stage is not None:

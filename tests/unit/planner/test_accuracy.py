@@ -70,6 +70,9 @@ def point(**changes: object) -> dict[str, object]:
         ({"seq": -8192}, "seq"),
         ({"gpus": 0}, "gpus"),
         ({"measured": {}}, "no `measured`"),
+        ({"measured": {"tokens_per_s_per_gpu": float("nan")}}, "is no measurement"),
+        ({"measured": {"tokens_per_s_per_gpu": 0}}, "is no measurement"),
+        ({"measured": {"tokens_per_s_per_gpu": "fast"}}, "nothing under `measured`"),
         ({"measured": {"vibes": "good"}}, "nothing under `measured`"),
     ],
 )
@@ -120,6 +123,12 @@ def test_no_point_is_fatal(which, key, value) -> None:
     found = measure([HELD_OUT[which] | {key: value}])
     json.dumps(found.to_json(), allow_nan=False)
     assert found.points or found.not_estimated
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantity=st.sampled_from(["peak_reserved_gib", "mfu_pct", "oom", "iteration_time_s", "bytes"]), value=anything)
+def test_no_measurement_is_fatal(quantity, value) -> None:
+    json.dumps(measure([point(measured={quantity: value})]).to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("junk", [None, 3, "point", [], {}])
