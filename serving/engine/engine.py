@@ -15,6 +15,7 @@ from serving.engine.messages import Counters, Output, SamplingParams
 from serving.engine.model_runner import ModelRunner, Sampled
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.structure import Structures
 from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
 from serving.memory import available_bytes
@@ -30,10 +31,14 @@ KV_MEMORY_SHARE = 0.5  # of what is free once the weights are loaded, unless --k
 
 
 class Engine:
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, *, max_model_len: int) -> None:
-        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, structures: Structures, *,
+        max_model_len: int,
+    ) -> None:  # fmt: skip
+        self.runner, self.scheduler, self.tokenizer, self.structures = runner, scheduler, tokenizer, structures
         self.max_model_len = max_model_len
         self.sequences: dict[int, Sequence] = {}
+        self._refused: list[Output] = []
         self._aborts = 0
 
     @classmethod
@@ -59,20 +64,26 @@ class Engine:
             max_step_tokens=max(STEP_TOKENS[device.type], settings.max_num_seqs),
         )
         runner = ModelRunner(model, pool, max_model_len=max_model_len)
-        return cls(runner, scheduler, tokenizer, max_model_len=max_model_len)
+        structures = Structures(root, vocab_size=config.vocab_size, eos_ids=tokenizer.eos_ids)
+        return cls(runner, scheduler, tokenizer, structures, max_model_len=max_model_len)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.sequences)
+        return bool(self.sequences or self._refused)
 
     def add(
         self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *,
         arrived_s: float, priority: int = 0, tenant: str = "",
     ) -> None:  # fmt: skip
+        """Queues a sequence. One whose structure cannot be used is answered, by the next step, with what is wrong."""
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
+        matcher = None if params.structure is None else self.structures.matcher(params.structure)
+        if matcher is not None and matcher.error:
+            self._refused.append(Output(seq_id, matcher.error, 0, finish_reason="error", queue_s=0.0))
+            return
         seq = Sequence(
             seq_id, prompt_ids, params,
-            decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant,
+            decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant, matcher=matcher,
         )  # fmt: skip
         self.sequences[seq_id] = seq
         self.scheduler.add(seq)
@@ -89,10 +100,13 @@ class Engine:
         return Counters(s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts)
 
     def step(self) -> list[Output]:
+        refused, self._refused = self._refused, []
         batch = self.scheduler.schedule()
+        if not batch:
+            return refused
         batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
         sampled = self.runner.run(batch)
-        return self._postprocess(batch, sampled)
+        return refused + self._postprocess(batch, sampled)
 
     def generate(self, prompts: Seq[list[int]], params: SamplingParams) -> list[str]:
         """Answers all prompts and returns their texts: the engine as a library, with no server."""
@@ -126,11 +140,14 @@ class Engine:
         first = seq.num_output == 0
         text, finish_reason = "", None
         if params.max_tokens == 0:
-            finish_reason = "length"
+            finish_reason = "stop" if params.embed else "length"
         else:
             assert token_id is not None
             seq.token_ids.append(token_id)
-            if token_id in self.tokenizer.eos_ids and not params.ignore_eos:
+            if seq.matcher is not None and token_id not in self.tokenizer.eos_ids:
+                seq.matcher.advance(token_id)
+            ends = token_id in self.tokenizer.eos_ids and not params.ignore_eos
+            if ends or token_id in params.stop_token_ids:
                 finish_reason = "stop"
             else:
                 text = seq.text.push(token_id)
@@ -139,10 +156,14 @@ class Engine:
                     seq.cumulative_logprob += result.logprob.logprob
                 if seq.num_output == params.max_tokens:
                     finish_reason = "length"
+                if seq.matcher is not None and seq.matcher.complete:
+                    finish_reason = "stop"
         if finish_reason:
             text += seq.text.flush()
         if seq.text.stopped:
             finish_reason = "stop"
+        if seq.matcher is not None and seq.matcher.error:
+            text, finish_reason = seq.matcher.error, "error"
         return Output(
             seq_id=seq.seq_id,
             text=text,
@@ -153,6 +174,7 @@ class Engine:
             queue_s=seq.queue_s if first else None,
             cached_tokens=seq.cached_tokens if first else 0,
             cumulative_logprob=seq.cumulative_logprob,
+            embedding=result.embedding,
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from serving.engine.attention import Pool
 from serving.engine.messages import TokenLogprob
@@ -15,6 +16,7 @@ from serving.model.llama import Llama, rope_table
 class Sampled(NamedTuple):
     token_id: int | None  # None: the sequence's prompt is not computed to its end yet
     logprob: TokenLogprob | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 class ModelRunner:
@@ -52,6 +54,9 @@ class ModelRunner:
         tokens = sample(logits_BV, seqs)
         for index, token in zip(at, tokens, strict=True):
             results[index] = Sampled(token)
+        for index, row in zip(at, rows, strict=True):
+            if batch[index].seq.params.embed:  # the last token's state has seen the whole prompt
+                results[index] = Sampled(0, embedding=tuple(F.normalize(x_NE[row].float(), dim=0).tolist()))
         asked = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
         if asked:
             top = max(seqs[row].params.logprobs or 0 for row in asked)

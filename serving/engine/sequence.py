@@ -2,9 +2,13 @@
 
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from serving.engine.messages import SamplingParams, TokenLogprob
 from serving.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from serving.engine.structure import Matcher
 
 
 class Sequence:
@@ -14,6 +18,7 @@ class Sequence:
         "block_table",
         "cached_tokens",
         "cumulative_logprob",
+        "matcher",
         "num_computed",
         "num_prompt",
         "num_published",
@@ -39,6 +44,7 @@ class Sequence:
         arrived_s: float,
         priority: int = 0,
         tenant: str = "",
+        matcher: "Matcher | None" = None,
     ) -> None:
         assert prompt_ids, "an empty prompt has no last token to predict from"
         self.seq_id = seq_id
@@ -53,6 +59,7 @@ class Sequence:
         self.queue_s: float | None = None
         self.cached_tokens = 0  # of its prompt, those found in the cache when it was first let in
         self.cumulative_logprob = 0.0
+        self.matcher = matcher
         self.priority, self.tenant = priority, tenant
         self.text = TextStream(decode, params.stop)
         # One stream of chance for each sequence, advanced once a token: whatever else is in the batch, and however
@@ -63,6 +70,16 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def penalised(self) -> bool:
+        p = self.params
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+
+    @property
+    def cut(self) -> bool:
+        p = self.params
+        return p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0
 
     @property
     def num_output(self) -> int:

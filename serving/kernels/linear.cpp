@@ -10,7 +10,8 @@
 
 constexpr long PANEL = 2 * LANES;   // columns that are computed together
 constexpr long DEPTH = 256;         // of k at a time: a panel's piece is 16 KiB (32 with AVX-512), in the first cache
-constexpr long CHUNK_ROWS = 384;    // of x at a time: with DEPTH, 384 KiB in the second cache
+constexpr long CHUNK_BYTES = 384 << 10;  // of x at a time: in the second cache
+constexpr long CHUNK_TILES = 32;    // and no more than this, since their sums shall stay near
 constexpr long TASK_PANELS = 4;     // what a thread takes at a time
 constexpr long GROUP = 32;          // values of k that share an int8's or int4's scale
 
@@ -68,19 +69,6 @@ static inline const float* widen(const Weights& w, long panel, long k0, long dep
     }
 }
 
-// y += or = a tile's sums; the last panel's columns may be fewer than PANEL.
-template <int R>
-static inline void put(float* y, long stride, long columns, bool add, vec (&acc)[R][2]) {
-    for (int r = 0; r < R; ++r) {
-        float* row = y + r * stride;
-        if (columns == PANEL) {
-            for (int v = 0; v < 2; ++v) store(row + v * LANES, add ? load(row + v * LANES) + acc[r][v] : acc[r][v]);
-        } else {
-            for (long c = 0; c < columns; ++c) row[c] = (add ? row[c] : 0.0f) + acc[r][c / LANES][c % LANES];
-        }
-    }
-}
-
 #if defined(__AVX512BF16__)
 // The processor's own product of pairs of bfloat16: x is rounded to bfloat16, and the sums are float32.
 template <int R>
@@ -113,28 +101,42 @@ static void pack_rows(const float* x, long stride, const Tile& tile, long inputs
     }
 }
 
+struct Near {  // what a thread keeps in its caches
+    alignas(64) float weights[PANEL * DEPTH];
+    alignas(64) float sums[CHUNK_TILES * MAX_ROWS * PANEL];
+};
+
+// One panel's columns of y for the rows of some tiles. All of k is summed near before y, which is far, is written once.
 static void panel_times_rows(
-    const Weights& w, const float* packed, const std::vector<Tile>& all_tiles, size_t begin, size_t end,
-    long panel, long k0, bool pairs, float* y, long y_stride, float* scratch) {
-    const long depth = std::min(DEPTH, w.inputs - k0), columns = std::min(PANEL, w.outputs - panel * PANEL);
-    const float* wide = pairs ? nullptr : widen(w, panel, k0, depth, scratch);
-    for (size_t t = begin; t < end; ++t) {
-        const Tile tile = all_tiles[t];
-        const float* x = packed + tile.first * w.inputs;
-        float* to = y + tile.first * y_stride + panel * PANEL;
-        with_rows(tile.rows, [&]<int R>() {
-            vec acc[R][2] = {};
+    const Weights& w, const float* packed, const Tile* begin, const Tile* end, long panel, bool pairs,
+    float* y, long y_stride, Near& near) {
+    for (long k0 = 0; k0 < w.inputs; k0 += DEPTH) {
+        const long depth = std::min(DEPTH, w.inputs - k0);
+        const float* wide = pairs ? nullptr : widen(w, panel, k0, depth, near.weights);
+        for (const Tile* tile = begin; tile != end; ++tile) {
+            const float* x = packed + tile->first * w.inputs;
+            float* sums = near.sums + (tile->first - begin->first) * PANEL;
+            with_rows(tile->rows, [&]<int R>() {
+                vec acc[R][2] = {};
 #if defined(__AVX512BF16__)
-            if (pairs)
-                multiply_pairs<R>(
-                    (const uint32_t*)x + k0 / 2 * R,
-                    (const uint32_t*)w.data + (panel * w.inputs + k0) / 2 * PANEL, depth / 2, acc);
-            else
+                if (pairs)
+                    multiply_pairs<R>(
+                        (const uint32_t*)x + k0 / 2 * R,
+                        (const uint32_t*)w.data + (panel * w.inputs + k0) / 2 * PANEL, depth / 2, acc);
+                else
 #endif
-                multiply<R, 2>(x + k0 * R, wide, PANEL, depth, acc);
-            put<R>(to, y_stride, columns, k0 > 0, acc);
-        });
+                    multiply<R, 2>(x + k0 * R, wide, PANEL, depth, acc);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < 2; ++v) {
+                        float* to = sums + r * PANEL + v * LANES;
+                        store(to, k0 ? load(to) + acc[r][v] : acc[r][v]);
+                    }
+            });
+        }
     }
+    const long columns = std::min(PANEL, w.outputs - panel * PANEL), rows = end[-1].first + end[-1].rows - begin->first;
+    for (long r = 0; r < rows; ++r)
+        std::copy_n(near.sums + r * PANEL, columns, y + (begin->first + r) * y_stride + panel * PANEL);
 }
 
 extern "C" {
@@ -150,20 +152,20 @@ void linear(
     const bool pairs = PAIRS && format == BF16;
     const std::vector<Tile> all_tiles = tiles(rows);
     const long panels = (outputs + PANEL - 1) / PANEL, tasks = (panels + TASK_PANELS - 1) / TASK_PANELS;
-    const size_t chunk = CHUNK_ROWS / MAX_ROWS;
+    const long near_tiles = CHUNK_BYTES / (4 * MAX_ROWS * inputs);
+    const size_t chunk = std::clamp(near_tiles, 4L, CHUNK_TILES);
 #pragma omp parallel num_threads(threads)
     {
-        alignas(64) float scratch[PANEL * DEPTH];
+        Near near;
 #pragma omp for schedule(static)
         for (size_t t = 0; t < all_tiles.size(); ++t) pack_rows(x, x_stride, all_tiles[t], inputs, pairs, packed);
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < tasks; ++task)
             for (size_t begin = 0; begin < all_tiles.size(); begin += chunk)
-                for (long k0 = 0; k0 < inputs; k0 += DEPTH)
-                    for (long p = task * TASK_PANELS; p < std::min(panels, (task + 1) * TASK_PANELS); ++p)
-                        panel_times_rows(
-                            w, packed, all_tiles, begin, std::min(begin + chunk, all_tiles.size()),
-                            p, k0, pairs, y, y_stride, scratch);
+                for (long p = task * TASK_PANELS; p < std::min(panels, (task + 1) * TASK_PANELS); ++p)
+                    panel_times_rows(
+                        w, packed, &all_tiles[begin], all_tiles.data() + std::min(begin + chunk, all_tiles.size()),
+                        p, pairs, y, y_stride, near);
     }
 }
 

@@ -1,0 +1,74 @@
+"""Structured output: which tokens may come next so that the answer fits a JSON schema, a regular expression or a grammar.
+
+The automata are llguidance's, whose limits on states and steps also bound what a hostile expression can cost.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.engine.messages import Structure
+
+if TYPE_CHECKING:
+    import llguidance
+
+
+class Matcher:
+    """One answer's place in its structure. `error` says what is wrong with the structure, or went wrong on the way."""
+
+    def __init__(self, matcher: "llguidance.LLMatcher") -> None:
+        self._matcher = matcher
+
+    @property
+    def error(self) -> str:
+        return self._matcher.get_error()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def allowed(self) -> bytes:
+        """A bit for each token of the vocabulary, lowest first."""
+        return self._matcher.compute_bitmask()
+
+    def advance(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+
+
+class Structures:
+    """Makes matchers for one model's tokens."""
+
+    def __init__(self, root: Path, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._root, self._vocab_size, self._eos_ids = root, vocab_size, eos_ids
+        self._tokenizer: llguidance.LLTokenizer | None = None  # made at the first use: it takes a while
+
+    def matcher(self, structure: Structure) -> Matcher:
+        """A matcher at the beginning of `structure`; one that cannot be used has an `error`."""
+        from llguidance import LLMatcher, LLTokenizer
+
+        if self._tokenizer is None:
+            text = (self._root / "tokenizer.json").read_text(encoding="utf-8")
+            eos = sorted(self._eos_ids) or None
+            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
+        compile_ = {
+            "json_schema": LLMatcher.grammar_from_json_schema,
+            "regex": LLMatcher.grammar_from_regex,
+            "grammar": LLMatcher.grammar_from_lark,
+        }
+        return Matcher(LLMatcher(self._tokenizer, compile_[structure.kind](structure.text)))
+
+
+def mask(logits_BV: Tensor, matchers: list[Matcher]) -> Tensor:
+    """The logits with −∞ at every token that a row's matcher does not allow.
+
+    A matcher that fails now allows all: its `error` is seen, and its answer ended, once the token is drawn.
+    """
+    vocab = logits_BV.shape[1]
+    rows = np.stack([np.frombuffer(matcher.allowed(), dtype=np.uint8) for matcher in matchers])
+    bits = np.unpackbits(rows, axis=1, bitorder="little")[:, :vocab].astype(bool)
+    bits[~bits.any(axis=1)] = True
+    return logits_BV.masked_fill(~torch.from_numpy(bits).to(logits_BV.device), float("-inf"))
