@@ -28,13 +28,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_command(
-    program: str, config_class: type[C], *, places: tuple[str, ...], arguments: Sequence[str]
+    program: str,
+    config_class: type[C],
+    *,
+    places: tuple[str, ...],
+    arguments: Sequence[str],
+    optional: tuple[str, ...] = (),
 ) -> tuple[C, dict[str, str]]:
-    """The validated config, and the places (`data=DIR`, …): what a config file never holds. All places are required.
+    """The validated config, and the places (`data=DIR`, …): what a config file never holds. All `places` are required.
 
     Raises Refused for anything that is unknown, missing or ill-typed.
     """
-    usage = f"python -m {program} --config FILE {' '.join(f'{place}=…' for place in places)} [key=value …]"
+    words = [*(f"{place}=…" for place in places), *(f"[{place}=…]" for place in optional), "[key=value …]"]
+    usage = f"python -m {program} --config FILE {' '.join(words)}"
     parser = _Parser(prog=f"python -m {program}", usage=usage, add_help=True, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", type=Path)
     parser.add_argument("words", nargs="*", metavar="key=value")
@@ -44,7 +50,7 @@ def read_command(
         key, equals, value = word.partition("=")
         if not equals:
             raise Refused(f"'{word}' is not of the form key=value", where="command line", fix=f"Usage: {usage}")
-        (given if key in places else overrides)[key] = value
+        (given if key in (*places, *optional) else overrides)[key] = value
     for place in places:
         if not given.get(place):
             raise Refused(f"{place}= is missing", where="command line", fix=f"Usage: {usage}")
@@ -117,6 +123,9 @@ def _walk(config_class: type[Config], location: Sequence[str | int]) -> tuple[li
     keys: list[str | int] = []
     inside: list[type[Config]] = [config_class]
     for part in location:
+        if isinstance(part, int):  # the number of an item: its keys are those of its list
+            keys.append(part)
+            continue
         tagged = [one for one in inside if part in _tags(one)]
         if tagged:
             inside = tagged

@@ -1,7 +1,7 @@
 """What a program is told: one frozen, validated class for each. `command.py` reads them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,27 +14,6 @@ class Config(BaseModel):
 
     def digest(self) -> str:
         return digest_of(self.model_dump(mode="json"))
-
-
-class StdlibSource(Config):
-    """The Python standard library's own source, which is wherever Python is."""
-
-    kind: Literal["python-stdlib"]
-
-
-class TextSource(Config):
-    """UTF-8 files under a directory or any fsspec URL; one file is one document."""
-
-    kind: Literal["text"]
-    path: str
-    glob: str = "**/*.txt"
-
-
-class DataConfig(Config):
-    source: Annotated[StdlibSource | TextSource, Field(discriminator="kind")]
-    vocab_size: int = Field(default=1024, ge=257, le=1 << 20)  # 256 bytes and the end of text
-    held_out: float = Field(default=0.05, gt=0, lt=0.5)
-    seed: int = 0
 
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -115,7 +94,9 @@ class OptimConfig(Config):
 class ParallelConfig(Config):
     """How the ranks share the work; their product is the world. `layout.py` holds it to the world and the model."""
 
-    dp_replicate: int | None = Field(default=None, ge=1)  # copies of the model; null: what the others leave of the world
+    dp_replicate: int | None = Field(
+        default=None, ge=1
+    )  # copies of the model; null: what the others leave of the world
     dp_shard: int = Field(default=1, ge=1)  # ranks that share one copy's weights, gradients and moments (FSDP2)
     cp: int = Field(default=1, ge=1)  # ranks that share a sequence
     tp: int = Field(default=1, ge=1)  # ranks that share each matrix, and the sequence between matrices
@@ -146,7 +127,9 @@ class LocalSgdConfig(Config):
     @model_validator(mode="after")
     def _fits_between(self) -> "LocalSgdConfig":
         if self.fragments > self.every_steps:
-            raise ValueError(f"fragments {self.fragments} are more than every_steps {self.every_steps}; lower fragments")
+            raise ValueError(
+                f"fragments {self.fragments} are more than every_steps {self.every_steps}; lower fragments"
+            )
         if self.overlap_steps >= self.every_steps:
             raise ValueError(
                 f"overlap_steps {self.overlap_steps} must be below every_steps {self.every_steps}: a fragment has to "
@@ -179,6 +162,7 @@ class TrainConfig(Config):
     optim: OptimConfig
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
+    document_mask: bool = False  # no document of a window sees the one before it
     parallelism: ParallelConfig = ParallelConfig()
     local_sgd: LocalSgdConfig | None = None
     recover: RecoverConfig = RecoverConfig()

@@ -137,7 +137,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     shard = out / "train-00000.bin"
     np.random.default_rng(0).integers(0, VOCAB, 400_000).astype("<u2").tofile(shard)
-    cursor = Cursor(TokenStream([shard], dtype=np.dtype("<u2")), seq=CONFIG.seq, global_batch=2, seed=0)
+    cursor = Cursor.over(TokenStream([shard], dtype=np.dtype("<u2")), seq=CONFIG.seq, global_batch=2, seed=0)
 
     our_step, bare_step = (make(Decoder(CONFIG.model, vocab_size=VOCAB), cursor) for make in (ours, bare))
     turns: dict[str, list[float]] = {"ours": [], "bare": [], "transformers": []}

@@ -7,8 +7,7 @@ import torch
 import yaml
 from programs_of_trainer import REPOSITORY, TRAIN
 
-from trainer.config import DataConfig
-from trainer.data import make_dataset
+from trainer.data import DataConfig, make_dataset
 from trainer.log import Log
 
 
@@ -23,7 +22,7 @@ def _one_thread():
 def corpus(tmp_path_factory) -> Path:
     """Forty short documents of the trainer's own source."""
     directory = tmp_path_factory.mktemp("corpus")
-    text = "".join(path.read_text() for path in sorted((REPOSITORY / "trainer").glob("*.py")))
+    text = "".join(path.read_text() for path in sorted((REPOSITORY / "trainer").glob("**/*.py")))
     size = len(text) // 40
     for index in range(40):
         (directory / f"part-{index:02d}.txt").write_text(text[index * size : (index + 1) * size])

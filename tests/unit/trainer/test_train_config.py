@@ -7,7 +7,8 @@ import yaml
 from programs_of_trainer import TRAIN
 
 from trainer.command import load_config, read_command
-from trainer.config import DataConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.data import DataConfig
 from trainer.errors import Refused
 
 

@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import data as data_module
-from trainer.config import DataConfig
-from trainer.data import END_OF_TEXT, Cursor, Dataset, TokenStream, bytes_of_tokens, make_dataset
+from trainer.data import (
+    END_OF_TEXT,
+    Cursor,
+    DataConfig,
+    Dataset,
+    TokenStream,
+    bytes_of_tokens,
+    encode,
+    make_dataset,
+)
 from trainer.errors import Refused
 from trainer.log import Log
 
@@ -101,7 +108,7 @@ def test_a_dataset_that_is_cut_or_changed_is_refused(corpus, tmp_path):
 
 
 def test_shards_read_as_one_stream(dataset, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 1000)
     config = text_config(corpus, held_out=0.1, seed=1)
     make_dataset(config, tmp_path / "many", log=QUIET)
     many, one = Dataset.open(tmp_path / "many").tokens("train"), Dataset.open(dataset).tokens("train")
@@ -123,9 +130,9 @@ def stream(tmp_path_factory) -> TokenStream:
 @settings(max_examples=100, deadline=None)
 def test_the_global_batch_is_the_same_at_any_world_size(stream, step, seed, world, micro):
     def global_batch(world: int, micro_batch: int) -> np.ndarray:
-        cursor = Cursor(stream, seq=10, global_batch=12, seed=seed)
+        cursor = Cursor.over(stream, seq=10, global_batch=12, seed=seed)
         shares = [
-            cursor.batch(step, micro=index, micro_batch=micro_batch, rank=rank, world=world)
+            cursor.batch(step, micro=index, micro_batch=micro_batch, rank=rank, world=world).tokens_BL
             for index in range(12 // (world * micro_batch))
             for rank in range(world)
         ]
@@ -137,13 +144,15 @@ def test_the_global_batch_is_the_same_at_any_world_size(stream, step, seed, worl
 @given(seed=st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
 def test_an_epoch_sees_every_window_once(stream, seed):
-    cursor = Cursor(stream, seq=10, global_batch=11, seed=seed)  # 99 windows: nine whole steps
+    cursor = Cursor.over(stream, seq=10, global_batch=11, seed=seed)  # 99 windows: nine whole steps
     for epoch in range(2):
-        starts = np.concatenate([cursor.window_starts(step) for step in range(9 * epoch, 9 * epoch + 9)])
+        starts = np.concatenate(
+            [[window for _, window in cursor.samples(step)] for step in range(9 * epoch, 9 * epoch + 9)]
+        )
         assert np.array_equal(np.sort(starts) - starts.min(), np.arange(99) * 10)
         assert starts.max() + 11 <= len(stream)
 
 
 def test_too_few_tokens_for_one_window_are_refused(stream):
     with pytest.raises(Refused, match="too few for seq 1000"):
-        Cursor(stream, seq=1000, global_batch=1, seed=0)
+        Cursor.over(stream, seq=1000, global_batch=1, seed=0)
