@@ -73,6 +73,9 @@ def whole(raw: Raw, key: str, *, default: int | None = None) -> int:
     return int(found)
 
 
+PCIE_GBPS = 32.0
+"""One way of 16 lanes of PCIe 4."""
+
 # Names of GPUs in free text, most special first.
 GPU_NAMES = (
     (r"gb?300|b300", "B300"),
@@ -93,7 +96,13 @@ GPU_NAMES = (
     (r"mi-?300", "MI300X"),
     (r"mi-?250", "MI250X"),
     (r"l40s", "L40S"),
+    (r"\bl40\b", "L40"),
     (r"\bl4\b", "L4"),
+    (r"6000.{0,4}ada", "RTX6000-Ada"),
+    (r"\ba40\b", "A40"),
+    (r"\ba30\b", "A30"),
+    (r"3090", "RTX3090"),
+    (r"5090", "RTX5090"),
     (r"a10g", "A10G"),
     (r"\ba10\b", "A10"),
     (r"a6000", "A6000"),
@@ -109,6 +118,8 @@ def gpu_of(point: Point) -> Gpu:
     if name is None:
         raise ValueError(f"GPU {point.raw.get('gpu')!r} is not in the catalogue")
     found = gpus()[name]
+    if "pairwise" in text and point.gpus > 2:
+        found = replace(found, intra_gbps=PCIE_GBPS)  # a ring over more than a pair goes over PCIe
     if "gcd" in text and name == "MI250X":
         # Programs see each of its two dies as a GPU.
         found = replace(

@@ -82,11 +82,20 @@ def layout_of(parallelism: Parallelism, *, ranks: int) -> Layout:
     )
 
 
+def checked_layout(training: Training, *, ranks: int) -> Layout:
+    """The layout of a training. Raises ValueError that names the key for one that ranks or model do not allow."""
+    try:
+        layout = layout_of(training.layout, ranks=ranks)
+        check_layout(Shape.of(training.model, vocab_size=training.data.vocab_size), layout)
+    except ValueError as error:
+        raise ValueError(f"training.parallelism: {error}") from None
+    return layout
+
+
 def run_of(training: Training, *, ranks: int) -> Run:
     """The run that the training declares, on GPUs. Raises ValueError for a layout that the model does not allow."""
     shape = Shape.of(training.model, vocab_size=training.data.vocab_size)
-    layout = layout_of(training.layout, ranks=ranks)
-    check_layout(shape, layout)
+    layout = checked_layout(training, ranks=ranks)
     return Run(
         shape=shape,
         seq=training.seq,
@@ -104,22 +113,17 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
     """Estimate a run on `training.nodes` nodes of `pool`. Raises ValueError for a layout that cannot be."""
     ranks = training.nodes * ranks_per_node(training, instance)
     tokens = training.steps * training.global_batch * training.seq
+    layout = describe(checked_layout(training, ranks=ranks))
     if instance.gpu is None:
         speed = cpu.tokens_per_s(training, instance=instance)
         why = f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)"
         step_s = training.global_batch * training.seq / speed
         step = Estimate(value=step_s, unit="s", parts={"compute": step_s}, assumptions=(why,))
-        peak, limit, layout, mfu, hfu = (
-            cpu.memory(training),
-            _pod_limit_gib(training, instance),
-            f"dp {ranks}",
-            None,
-            None,
-        )
+        peak, limit, mfu, hfu = cpu.memory(training), _pod_limit_gib(training, instance), None, None
     else:
         run, gpu = run_of(training, ranks=ranks), gpu_on(instance)
         step = _gpu_step(run, training=training, instance=instance)
-        peak, limit, layout = memory(run, statistic="device"), gpu.memory_gib, describe(run.layout)
+        peak, limit = memory(run, statistic="device"), gpu.memory_gib
         flops = run.shape.flops_per_token(seq=training.seq) * run.tokens_per_step
         mfu = flops / step.value / ranks / (gpu.tflops_bf16 * 1e12)
         hfu = mfu * hardware_flops_share(run)

@@ -143,13 +143,13 @@ def test_a_stack_that_leaves_nothing_open_stays_as_it_is(stack_path: Path) -> No
         (stack(service=SERVED | {"slo": {"ttft_p95_s": 0.0001}}), "raise slo"),
         (stack(service={"gpus": 0}, serve="auto"), "asks for no GPU"),
         (stack(training={"parallelism": {"fsdp": 3}}), "does not divide 16 ranks; the nearest that does is 2"),
-        (stack(training={"parallelism": {"tp": 16, "pp": 1}, "nodes": 4}), ""),
+        (
+            stack(training={"parallelism": {"tp": 2, "pp": 32}, "nodes": 8}),
+            "training.parallelism: pp 32 is above 16 layers",
+        ),
     ],
 )
 def test_what_auto_cannot_do_is_refused_with_the_fix(given_stack: Stack, says: str) -> None:
-    if not says:
-        plan(given_stack)  # 16 heads over 16 ranks are allowed
-        return
     with pytest.raises(ValueError, match=says):
         plan(given_stack)
 
