@@ -123,11 +123,15 @@ def _run(manifests: Path, state: Path) -> client.Status:
     """Bring the manifests up, drawing what happens. Returns the settled status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: back only when nothing is left
     with closing(client.up(manifests, state)) as events, Board(people) as board:
-        for event in events:
-            if event.type == "log" and event.event:
-                board.see(event.event)
-            elif event.type == "settled" and event.status:
-                return event.status
+        try:
+            for event in events:
+                if event.type == "log" and event.event:
+                    board.see(event.event)
+                elif event.type == "settled" and event.status:
+                    return event.status
+        except KeyboardInterrupt:
+            board.say("stopping; a run that trains may write its checkpoint")
+            raise
     raise client.LocalError("`up` ended before the stack was settled", exit_code=1)
 
 
