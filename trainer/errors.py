@@ -14,6 +14,15 @@ class Refused(ValueError):
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
         super().__init__(f"{what} ({where}). {fix}")
+        self._said = (what, where, fix)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """One process of several may refuse, and another tells it."""
+        return _refused, self._said
+
+
+def _refused(what: str, where: str, fix: str) -> Refused:
+    return Refused(what, where=where, fix=fix)
 
 
 class Failed(RuntimeError):

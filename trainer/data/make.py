@@ -22,6 +22,7 @@ from trainer.log import Log
 
 TOKENIZER_BYTES = 256 << 20  # of text are enough to find the commonest pairs of a language
 _FORMAT = 2
+_ALONE_BYTES = 32 << 20  # is tokenised before another process has started
 
 
 def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None = None) -> None:
@@ -165,10 +166,10 @@ class _Making:
         ]
 
     def _encode(self, jobs: list[Job]) -> list[Done]:
-        """Alone where there is one part, whose batches the tokenizer spreads over the cores; else a process a core."""
+        """A process a core; for a little text this one alone, whose batches the tokenizer spreads over the cores."""
         self._done_bytes = self._bytes
         workers = min(len(jobs), os.cpu_count() or 1)
-        if workers == 1:
+        if workers == 1 or self._bytes < _ALONE_BYTES:
             return [encode_part(job, self._advance) for job in jobs]
         done = []
         context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads as they stand
