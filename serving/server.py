@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from serving import logs
 from serving.api.admin import create_admin
 from serving.api.app import create_app
+from serving.api.batches import open_store, runner
 from serving.api.context import Context, Lifecycle
 from serving.auth import Keys
 from serving.connections import Connection
@@ -86,19 +87,23 @@ async def serve(source: Package | Channel, settings: Settings, sockets: Sockets)
     host, lifecycle = context.host, context.lifecycle
     stop = asyncio.Event()
     _handle_signals(stop, host)
-    servers = [_web_server(create_app(context))]
+    batches = open_store(settings.files_dir) if settings.files_dir is not None else None
+    servers = [_web_server(create_app(context, batches))]
     webs = [asyncio.create_task(servers[0].serve(sockets=[sockets.public]))]
     if sockets.admin is not None:
         servers.append(_web_server(create_admin(context, stop)))
         webs.append(asyncio.create_task(servers[1].serve(sockets=[sockets.admin])))
         logs.event("admin", host=settings.admin_host, port=sockets.admin.getsockname()[1])
     model = asyncio.create_task(host.run())
+    work = [] if batches is None else [asyncio.create_task(runner(context, batches).run())]
     stopping = asyncio.create_task(stop.wait())
     logs.event("listening", host=settings.host, port=sockets.public.getsockname()[1], model=host.name)
     try:
         await _until_stop(stopping, model, host)
+        await _cancel(work)  # what has no answer yet is for whoever runs next
         cut = await _drain(lifecycle, settings)
     finally:
+        await _cancel(work)
         lifecycle.draining = True
         model.cancel()
         stopping.cancel()
@@ -110,6 +115,12 @@ async def serve(source: Package | Channel, settings: Settings, sockets: Sockets)
         if context.spans is not None:
             await asyncio.to_thread(context.spans.close)
     return 1 if cut else 0
+
+
+async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _web_server(app: ASGIApp) -> Uvicorn:

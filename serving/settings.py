@@ -24,6 +24,8 @@ class Settings:
     max_queued_tokens: int = 65_536
     kv_bytes: int | None = None  # what max_num_seqs whole sequences need, or a share of memory, when not given
     dtype: str = "auto"
+    quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
+    speculate_tokens: int = 0  # guessed from the text so far and checked in one step; 0: none
     device: str = "auto"
     drain_s: float = 30.0
     poll_s: float = 2.0
@@ -86,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-queued-tokens", type=_count, metavar="TOKENS", default=Settings.max_queued_tokens)
     p.add_argument("--kv-bytes", type=parse_bytes, metavar="BYTES", help="memory for keys and values: 2GiB, 1073741824")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default=Settings.dtype)
+    p.add_argument("--quantize", choices=("none", "int8", "int4"), default=Settings.quantize, help="weights, at load")
+    p.add_argument(
+        "--speculate-tokens", type=int, choices=range(17), metavar="N", default=Settings.speculate_tokens,
+        help="guess up to N tokens ahead where the text repeats itself (0 to 16)",
+    )  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
     p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
     p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")

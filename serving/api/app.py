@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from serving import logs
 from serving.api import answers
+from serving.api.batches import BatchRequest, add_batches
 from serving.api.chat import Chat
 from serving.api.completions import Completion
 from serving.api.context import Caller, Context
@@ -28,9 +29,11 @@ from serving.api.protocol import (
 )
 from serving.api.sse import ClientGone, EventStream, read_body, until_disconnect
 from serving.api.web import Conversation, Login, add_chat_page
+from serving.batches import BatchStore
 
 BODIES = [
     CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, Login, Conversation,
+    BatchRequest,
 ]  # fmt: skip
 BODY_LIMIT_BYTES = 4 << 20
 BODY_TIMEOUT_S = 30.0
@@ -45,7 +48,8 @@ class Answer(Protocol):
     async def whole(self) -> dict[str, Any]: ...
 
 
-def create_app(context: Context) -> FastAPI:
+def create_app(context: Context, batches: BatchStore | None) -> FastAPI:
+    """The public application; without a store it has no files and no batches."""
     app = FastAPI(title="Slipway serving", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(Gate, context=context)
     _add_probes(app, context)
@@ -53,6 +57,8 @@ def create_app(context: Context) -> FastAPI:
     _add_generation(app, context)
     _add_text(app, context)
     add_chat_page(app, context)
+    if batches is not None:
+        add_batches(app, batches)
     _add_errors(app, context)
     install(app, BODIES, secured=context.keys is not None)
     return app

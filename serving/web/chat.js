@@ -1,0 +1,207 @@
+// The chat page: one conversation at a time, streamed from the server's own OpenAI API. No library, no build.
+
+const $ = (id) => document.getElementById(id);
+let conversation = null; // {id, title, messages: [{role, content}]}
+let running = null; // the AbortController of the answer that is being made
+
+class Refusal extends Error {}
+
+async function call(method, path, body, signal) {
+  const headers = body === undefined ? {} : { "content-type": "application/json" };
+  const answer = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
+  if (answer.ok) return answer;
+  const error = (await answer.json().catch(() => ({}))).error;
+  if (answer.status === 401 && path !== "/web/login") start(); // the session has ended, or its key was withdrawn
+  throw new Refusal(error?.message ?? `The server answered ${answer.status}`);
+}
+
+async function start() {
+  const session = await (await call("GET", "/web/session")).json();
+  const locked = session.login_required && !session.user;
+  $("login").hidden = !locked;
+  $("app").hidden = locked;
+  if (locked) return $("key").focus();
+  $("user").textContent = session.user ?? "";
+  $("logout").hidden = !session.login_required;
+  await Promise.all([showModels(), showHistory()]);
+  if (!conversation) open();
+}
+
+async function showModels() {
+  const { data } = await (await call("GET", "/v1/models")).json();
+  const chosen = $("model").value;
+  $("model").replaceChildren(...data.map((model) => new Option(model.id, model.id, false, model.id === chosen)));
+  $("send").disabled = data.length === 0;
+  if (data.length === 0) setTimeout(showModels, 2000); // the model is still loading
+}
+
+async function showHistory() {
+  const { conversations } = await (await call("GET", "/web/conversations")).json();
+  $("history").replaceChildren(...conversations.map((kept) => {
+    const row = document.createElement("div");
+    if (kept.id === conversation?.id) row.setAttribute("aria-current", "true");
+    const name = button(kept.title || "Untitled", () => open(kept));
+    const forget = button("×", async () => {
+      await call("DELETE", `/web/conversations/${kept.id}`);
+      if (conversation?.id === kept.id) open();
+      await showHistory();
+    });
+    forget.className = "forget";
+    forget.setAttribute("aria-label", `Delete ${kept.title}`);
+    row.append(name, forget);
+    return row;
+  }));
+}
+
+function button(text, onclick) {
+  const made = document.createElement("button");
+  made.textContent = text;
+  made.onclick = onclick;
+  return made;
+}
+
+function open(kept) {
+  running?.abort();
+  conversation = kept ?? { id: newId(), title: "", messages: [] };
+  $("messages").replaceChildren(...conversation.messages.filter((m) => m.role !== "system").map(bubble));
+  for (const row of $("history").children) row.removeAttribute("aria-current");
+  $("prompt").focus();
+}
+
+// Not crypto.randomUUID, which browsers keep from pages that came over plain HTTP.
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+function bubble({ role, content }) {
+  const item = document.createElement("li");
+  item.className = role;
+  item.textContent = content; // text, never HTML: a model may write anything
+  return item;
+}
+
+function note(text, isError = false) {
+  const item = bubble({ role: isError ? "note error" : "note", content: text });
+  $("messages").append(item);
+  item.scrollIntoView({ block: "end" });
+}
+
+function parameters() {
+  const asked = { model: $("model").value };
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"])
+    if ($(name).value !== "") asked[name] = Number($(name).value);
+  return asked;
+}
+
+async function ask(text) {
+  const mine = conversation;
+  mine.title ||= text.slice(0, 80);
+  mine.messages.push({ role: "user", content: text });
+  $("messages").append(bubble(mine.messages.at(-1)));
+  const answer = { role: "assistant", content: "" };
+  const item = bubble(answer);
+  $("messages").append(item);
+  running = new AbortController();
+  busy(true);
+  const system = $("system").value.trim();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...mine.messages];
+  try {
+    const body = { ...parameters(), messages, stream: true, stream_options: { include_usage: true } };
+    const began = performance.now();
+    const usage = await read(await call("POST", "/v1/chat/completions", body, running.signal), (piece) => {
+      answer.content += piece;
+      const atEnd = $("messages").scrollHeight - $("messages").scrollTop - $("messages").clientHeight < 80;
+      item.append(piece);
+      if (atEnd) item.scrollIntoView({ block: "end" });
+    });
+    const seconds = (performance.now() - began) / 1000;
+    if (usage) note(`${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s`);
+  } catch (error) {
+    if (error.name === "AbortError") note("Stopped");
+    else note(error instanceof Refusal ? error.message : "The connection to the server was lost. Try again.", true);
+  } finally {
+    busy(false);
+    running = null;
+  }
+  if (!answer.content) item.remove();
+  else mine.messages.push(answer);
+  await call("PUT", `/web/conversations/${mine.id}`, { title: mine.title, messages: mine.messages })
+    .then(showHistory)
+    .catch((error) => note(`Not kept: ${error.message}`, true));
+}
+
+// Reads server-sent events; an event may come in pieces, and one piece may hold many. Returns the usage.
+async function read(response, onText) {
+  let held = "";
+  let usage = null;
+  for await (const piece of pieces(response.body.pipeThrough(new TextDecoderStream()))) {
+    held += piece;
+    const events = held.split("\n\n");
+    held = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return usage;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Refusal(chunk.error.message);
+      usage = chunk.usage ?? usage;
+      const text = chunk.choices[0]?.delta.content;
+      if (text) onText(text);
+    }
+  }
+  throw new Error("the stream ended before its end");
+}
+
+async function* pieces(stream) {
+  const reader = stream.getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    yield value;
+  }
+}
+
+function busy(isBusy) {
+  $("send").hidden = isBusy;
+  $("stop").hidden = !isBusy;
+}
+
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("prompt").value.trim();
+  if (!text || running) return;
+  $("prompt").value = "";
+  ask(text);
+};
+$("prompt").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+};
+$("stop").onclick = () => running?.abort();
+$("new").onclick = () => open();
+$("login").onsubmit = async (event) => {
+  event.preventDefault();
+  $("login-error").textContent = "";
+  try {
+    await call("POST", "/web/login", { key: $("key").value.trim() });
+    $("key").value = "";
+    await start();
+  } catch (error) {
+    $("login-error").textContent = error.message;
+  }
+};
+$("logout").onclick = async () => {
+  running?.abort();
+  await call("POST", "/web/logout");
+  conversation = null;
+  $("messages").replaceChildren();
+  $("history").replaceChildren();
+  await start();
+};
+$("theme").onclick = () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("theme", root.dataset.theme);
+};
+if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
+start().catch((error) => { $("app").hidden = false; note(`The server cannot be reached: ${error.message}`, true); });

