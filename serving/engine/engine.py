@@ -21,6 +21,7 @@ from serving.kernels.cpu import Kernels, kernels
 from serving.memory import available_bytes
 from serving.model.config import ModelConfig
 from serving.model.packed import fits, pack
+from serving.model.quantized import GROUP, quantizable, quantize_layers
 from serving.model.weights import load
 from serving.settings import Settings
 from serving.tokenizer import Tokenizer
@@ -53,8 +54,14 @@ class Engine:
         dtype = _dtype(settings, config, device)
         model = load(root, config, device=device, dtype=dtype, on_bytes=on_bytes)
         compiled = _kernels(config, device)
+        weights = str(dtype).removeprefix("torch.") if settings.quantize == "none" else settings.quantize
+        if settings.quantize != "none" and not quantizable(config):
+            what = f"--quantize {settings.quantize} needs layers whose inputs are multiples of {GROUP}"
+            raise Refused(what, where=str(root), fix="Serve the model with --quantize none")
         if compiled is not None:
-            pack(model, compiled, form=str(dtype).removeprefix("torch."))
+            pack(model, compiled, form=weights)
+        elif settings.quantize != "none":
+            quantize_layers(model, form=weights)
         max_model_len = _max_model_len(settings, config, where=str(root))
         num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
         pool = _pool(config, compiled, num_blocks=num_blocks, dtype=dtype, device=device)
@@ -62,6 +69,7 @@ class Engine:
             BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE),
             max_num_seqs=settings.max_num_seqs,
             max_step_tokens=max(STEP_TOKENS[device.type], settings.max_num_seqs),
+            speculate_tokens=settings.speculate_tokens,
         )
         runner = ModelRunner(model, pool, max_model_len=max_model_len)
         structures = Structures(root, vocab_size=config.vocab_size, eos_ids=tokenizer.eos_ids)
@@ -121,17 +129,21 @@ class Engine:
     def _forget(self, seq_id: int) -> None:
         self.scheduler.remove(self.sequences.pop(seq_id))
 
-    def _postprocess(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[Output]:
+    def _postprocess(self, batch: list[Scheduled], sampled: list[list[Sampled]]) -> list[Output]:
         outputs = []
-        for (seq, num_tokens), result in zip(batch, sampled, strict=True):
-            seq.num_computed += num_tokens
+        for item, results in zip(batch, sampled, strict=True):
+            seq, ended = item.seq, False
+            seq.num_computed += item.num_tokens - len(item.guess)
+            for index, result in enumerate(results):
+                output = self._advance(seq, result)
+                outputs.append(output)
+                ended = output.finish_reason is not None
+                if ended:
+                    break
+                seq.num_computed += index + 1 < len(results)  # a guess that came true is computed already
             self.scheduler.blocks.publish(seq)
-            if result.token_id is None:
-                continue
-            output = self._advance(seq, result)
-            if output.finish_reason:
+            if ended:
                 self._forget(seq.seq_id)
-            outputs.append(output)
         return outputs
 
     def _advance(self, seq: Sequence, result: Sampled) -> Output:
@@ -142,7 +154,6 @@ class Engine:
         if params.max_tokens == 0:
             finish_reason = "stop" if params.embed else "length"
         else:
-            assert token_id is not None
             seq.token_ids.append(token_id)
             if seq.matcher is not None and token_id not in self.tokenizer.eos_ids:
                 seq.matcher.advance(token_id)

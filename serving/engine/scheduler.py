@@ -5,28 +5,39 @@ preempted sequence's second prefill are one case. (Continuous batching: Orca, OS
 """
 
 import time
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from serving.engine.block_manager import BlockManager
 from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Sequence
+from serving.engine.speculation import NgramSpeculator
 
 
 class Scheduled(NamedTuple):
     seq: Sequence
-    num_tokens: int  # to compute in this step, from seq.num_computed on
+    num_tokens: int  # to compute in this step, from seq.num_computed on, guesses included
+    guess: Seq[int] = ()  # tokens that may follow those that are known
 
     @property
     def completes(self) -> bool:
         """True when all known tokens will be computed: the step then samples the next one."""
-        return self.seq.num_computed + self.num_tokens == len(self.seq)
+        return self.seq.num_computed + self.num_tokens - len(self.guess) == len(self.seq)
+
+    @property
+    def token_ids(self) -> list[int]:
+        known = self.num_tokens - len(self.guess)
+        return [*self.seq.token_ids[self.seq.num_computed : self.seq.num_computed + known], *self.guess]
 
 
 class Scheduler:
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_step_tokens: int, speculate_tokens: int = 0
+    ) -> None:
         assert max_step_tokens >= max_num_seqs
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
+        self.speculator = NgramSpeculator(speculate_tokens)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # oldest first: the youngest is preempted
         self.preemptions = self.prefix_hit_tokens = self.prefix_miss_tokens = 0
@@ -66,10 +77,16 @@ class Scheduler:
                 self.preemptions += 1
                 if youngest is seq:
                     return batch, True
-            batch.append(Scheduled(seq, num_tokens))
+            guess = self._guess(seq, budget - behind - num_tokens) if num_tokens == seq.num_uncomputed == 1 else []
+            batch.append(Scheduled(seq, num_tokens + len(guess), guess))
             self.waiting.charge(seq, num_tokens)
-            budget -= num_tokens
+            budget -= num_tokens + len(guess)
         return batch, preempted
+
+    def _guess(self, seq: Sequence, budget: int) -> list[int]:
+        """Tokens to check beyond the known ones, where memory has room for them without taking anyone's."""
+        guess = self.speculator.guess(seq, running=len(self.running))[: max(budget, 0)]
+        return guess if self.blocks.grow(seq, len(seq) + len(guess)) else []
 
     def _admit(self, batch: list[Scheduled]) -> None:
         budget = self.max_step_tokens - sum(item.num_tokens for item in batch)

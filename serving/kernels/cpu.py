@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from serving.kernels.build import Unavailable, library
+from serving.model.quantized import CODE_MAX, GROUP, quantize
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-CODE_MAX = {"int8": 127.0, "int4": 7.0}
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,14 @@ class Kernels:
             function.restype = None
         for function in (lib.panel_columns, lib.group_inputs, lib.block_tokens):
             function.argtypes, function.restype = [], n
-        self.columns, self.group, self.block_tokens = lib.panel_columns(), lib.group_inputs(), lib.block_tokens()
+        self.columns, self.block_tokens = lib.panel_columns(), lib.block_tokens()
+        assert lib.group_inputs() == GROUP
         self._room = torch.empty(0)
 
     def pack(self, weight_NK: Tensor, form: str) -> Packed:
         """The weight in one of `FORMATS`. K must be even, and a multiple of G for int8 and int4."""
         outputs, inputs = weight_NK.shape
-        assert inputs % (self.group if form in CODE_MAX else 2) == 0
+        assert inputs % (GROUP if form in CODE_MAX else 2) == 0
         missing = -outputs % self.columns
         if missing:
             weight_NK = torch.cat((weight_NK, weight_NK.new_zeros(missing, inputs)))
@@ -66,7 +67,7 @@ class Kernels:
             return Packed(panels.float().transpose(1, 2).contiguous(), None, form, outputs, inputs)
         if form == "bfloat16":
             return Packed(_pairs(panels.bfloat16()), None, form, outputs, inputs)
-        codes, scales = quantize(panels, form, group=self.group)
+        codes, scales = quantize(panels, form)
         if form == "int8":
             data = codes.transpose(1, 2).contiguous()
         else:
@@ -120,14 +121,6 @@ class Kernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
-
-
-def quantize(weight: Tensor, form: str, *, group: int) -> tuple[Tensor, Tensor]:
-    """Codes (int8, like `weight`) and scales (… × K/group): symmetric, the largest of a group is the largest code."""
-    grouped = weight.float().unflatten(-1, (-1, group))
-    scales = grouped.abs().amax(-1, keepdim=True) / CODE_MAX[form]
-    codes = (grouped / scales.clamp(min=1e-30)).round().clamp(-CODE_MAX[form], CODE_MAX[form])
-    return codes.flatten(-2).to(torch.int8), scales.squeeze(-1)
 
 
 def _pairs(panels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from serving.engine.engine import Engine
 from serving.engine.messages import Output, SamplingParams, TokenLogprob
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
+from serving.engine.speculation import follow
 from serving.errors import Refused
 from serving.settings import Settings
 
@@ -20,8 +21,14 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 KV_BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16 * 4  # tokens · (k, v) · layers · heads · size · float32
 
 
-def engine(root: Path, *, blocks: int = 64, max_num_seqs: int = 16, step_tokens: int = 512) -> Engine:
-    made = Engine.load(root, Settings(model=str(root), kv_bytes=blocks * KV_BYTES_PER_BLOCK, max_num_seqs=max_num_seqs))
+def engine(
+    root: Path, *, blocks: int = 64, max_num_seqs: int = 16, step_tokens: int = 512, speculate_tokens: int = 0
+) -> Engine:
+    kv_bytes = blocks * KV_BYTES_PER_BLOCK
+    settings = Settings(
+        model=str(root), kv_bytes=kv_bytes, max_num_seqs=max_num_seqs, speculate_tokens=speculate_tokens
+    )
+    made = Engine.load(root, settings)
     made.scheduler.max_step_tokens = step_tokens
     return made
 
@@ -54,8 +61,9 @@ def alone(tiny: Path) -> list[str]:
         {"blocks": 17},
         {"blocks": 20, "step_tokens": 32},
         {"max_num_seqs": 3},
+        {"max_num_seqs": 3, "speculate_tokens": 5},
     ],
-    ids=["batched", "chunked", "preempted", "chunked-and-preempted", "few at a time"],
+    ids=["batched", "chunked", "preempted", "chunked-and-preempted", "few at a time", "speculating"],
 )
 def test_the_batch_never_changes_a_greedy_answer(tiny: Path, alone: list[str], limits: dict) -> None:
     e = engine(tiny, **limits)
@@ -207,3 +215,37 @@ def test_memory_for_less_than_one_sequence_is_refused(tmp_path: Path) -> None:
         Engine.load(root, Settings(model=str(root), kv_bytes=1000))
     with pytest.raises(Refused, match="at most 256"):
         Engine.load(root, Settings(model=str(root), max_model_len=257))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_guesses_save_steps_and_change_no_answer(tiny: Path, temperature: float) -> None:
+    """A text that repeats itself: greedy answers of a random model soon do, and a biased draw does."""
+    params = GREEDY._replace(max_tokens=120, temperature=temperature, seed=3, logit_bias=((7, 9.0), (8, 9.0)))
+    prompt = [7, 8, 7, 7, 8, 8, 7, 8, 7, 7]
+
+    def run_counting(speculate_tokens: int) -> tuple[str, int, float]:
+        e = engine(tiny, speculate_tokens=speculate_tokens)
+        e.add(0, prompt, params, arrived_s=0.0)
+        chance, text, steps = e.sequences[0].rng, "", 0
+        while e.has_work:
+            text += "".join(output.text for output in e.step())
+            steps += 1
+        assert e.scheduler.blocks.used_ratio == 0.0
+        return text, steps, chance.random()
+
+    plain, guessed = run_counting(0), run_counting(6)
+    assert (guessed[0], guessed[2]) == (plain[0], plain[2])
+    assert guessed[1] < 0.8 * plain[1]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 8))
+def test_a_guess_is_what_followed_the_same_tokens_before(tokens: list[int], count: int) -> None:
+    guess = follow(tokens, count)
+    assert len(guess) <= count
+    if guess:
+        assert any(
+            tokens[i - n : i] == tokens[-n:] and tokens[i : i + len(guess)] == guess
+            for n in (2, 3, 4) for i in range(n, len(tokens))
+        )  # fmt: skip
+    else:
+        assert all(tokens[i - 2 : i] != tokens[-2:] for i in range(2, len(tokens)))

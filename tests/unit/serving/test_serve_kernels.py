@@ -11,7 +11,8 @@ from serving.engine.attention_cpu import CpuPool
 from serving.engine.messages import SamplingParams
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
-from serving.kernels.cpu import CODE_MAX, FORMATS, Kernels, kernels, quantize
+from serving.kernels.cpu import FORMATS, Kernels, kernels
+from serving.model.quantized import CODE_MAX, GROUP, quantize
 
 found = kernels()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=f"no compiled kernels here: {found}")
@@ -23,10 +24,10 @@ def k() -> Kernels:
     return found
 
 
-def dequantized(weight: torch.Tensor, form: str, k: Kernels) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, form: str) -> torch.Tensor:
     if form in CODE_MAX:
-        codes, scales = quantize(weight, form, group=k.group)
-        return codes.float() * scales.repeat_interleave(k.group, -1)
+        codes, scales = quantize(weight, form)
+        return codes.float() * scales.repeat_interleave(GROUP, -1)
     return weight.to(getattr(torch, form)).float()
 
 
@@ -38,17 +39,17 @@ def test_a_linear_layer_is_the_product_with_what_its_format_holds(
     k: Kernels, rows: int, outputs: int, groups: int, form: str
 ) -> None:
     g = torch.Generator().manual_seed(rows * outputs)
-    inputs = groups * k.group
+    inputs = groups * GROUP
     x, weight = torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)
     packed = k.pack(weight, form)
-    expected = x @ dequantized(weight, form, k).T
+    expected = x @ dequantized(weight, form).T
     # A processor with bfloat16 products rounds x to bfloat16 too: a relative error of 2^-9 in each of the terms.
     tolerance = 2e-2 if form == "bfloat16" else 1e-5
     y = k.linear(x, packed)
     assert (y - expected).abs().max() <= tolerance * inputs**0.5
     if form not in CODE_MAX:
         ids = torch.randint(0, outputs, (5,), generator=g)
-        assert torch.equal(packed.rows(ids), dequantized(weight, form, k)[ids])
+        assert torch.equal(packed.rows(ids), dequantized(weight, form)[ids])
     some = sorted({0, rows // 2, rows - 1})
     assert torch.equal(k.linear(x[some].contiguous(), packed), y[some])
 
@@ -56,9 +57,9 @@ def test_a_linear_layer_is_the_product_with_what_its_format_holds(
 @pytest.mark.parametrize(("form", "error"), [("int8", 0.006), ("int4", 0.11)])
 def test_quantized_weights_are_within_half_a_code(form: str, error: float) -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    codes, scales = quantize(weight, form, group=32)
-    back = codes.float() * scales.repeat_interleave(32, -1)
-    assert (back - weight).abs().le(0.5001 * scales.repeat_interleave(32, -1)).all()
+    codes, scales = quantize(weight, form)
+    back = codes.float() * scales.repeat_interleave(GROUP, -1)
+    assert (back - weight).abs().le(0.5001 * scales.repeat_interleave(GROUP, -1)).all()
     assert (back - weight).norm() / weight.norm() < error
 
 

@@ -12,8 +12,11 @@ from serving.engine.messages import SamplingParams
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
 from serving.errors import Refused
+from serving.kernels.cpu import Kernels, kernels
 from serving.model.config import ModelConfig
-from serving.model.llama import Llama, rope_table
+from serving.model.llama import Linear, Llama, rope_table
+from serving.model.packed import pack
+from serving.model.quantized import GROUP, quantize, quantize_layers
 from serving.model.weights import load
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -113,3 +116,36 @@ def test_a_truncated_weight_file_is_refused_by_name(tmp_path: Path) -> None:
     (root / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(Refused, match=r"model\.safetensors"):
         read(root)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_quantized_layers_compute_with_the_rounded_weights(form: str, tmp_path: Path) -> None:
+    """In torch and in the compiled kernels: the logits are those of a model whose weights were rounded before."""
+    root = make_package(tmp_path / "p")
+    ids = list(range(1, 60))
+    rounded, in_torch = read(root), read(root)
+    for module in rounded.blocks.modules():
+        if isinstance(module, Linear):
+            codes, scales = quantize(module.weight, form)
+            module.weight.copy_(codes * scales.repeat_interleave(GROUP, -1))
+    expected = forward(rounded, ids)
+    quantize_layers(in_torch, form=form)
+    assert torch.allclose(forward(in_torch, ids), expected, atol=1e-4)
+    assert (expected - forward(read(root), ids)).abs().max() > 1e-3
+    found = kernels()
+    if isinstance(found, Kernels):
+        compiled = read(root)
+        pack(compiled, found, form=form)
+        assert torch.allclose(forward(compiled, ids), expected, atol=1e-3)
+
+
+def test_packed_weights_give_the_logits_of_torch(tmp_path: Path) -> None:
+    found = kernels()
+    if not isinstance(found, Kernels):
+        pytest.skip(f"no compiled kernels here: {found}")
+    for changes in ({}, {"tie_word_embeddings": False}):
+        root = make_package(tmp_path / str(len(changes)), **changes)
+        ids = list(range(1, 100))
+        expected, compiled = forward(read(root), ids), read(root)
+        pack(compiled, found, form="float32")
+        assert torch.allclose(forward(compiled, ids), expected, atol=1e-4)
