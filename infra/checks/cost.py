@@ -1,6 +1,6 @@
 """SLW7xx: what it costs against what it may cost, and what is paid for and not used."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 
 from infra.catalog import Instance, instances
@@ -24,15 +24,16 @@ def within_budget(stack: Stack, plan: Plan) -> Iterator[Finding]:
     budget = stack.budget
     if budget.usd_per_h is not None and plan.usd_per_h is not None and plan.usd_per_h > budget.usd_per_h:
         unused = _nodes_that_nothing_uses(stack)
+        enough = plan.usd_per_h - _saved_per_h(stack, unused) <= budget.usd_per_h
         yield Finding(
             code="SLW701",
             severity="error",
             where="budget.usd_per_h",
             message=f"all pools at their fullest cost {plan.usd_per_h:.2f} USD/h, and the budget is {budget.usd_per_h:.2f}",
             fix="; ".join(f"{key}: {value}, which is all that is used" for key, value in unused.items())
-            if unused
-            else "lower a pool's max_nodes, or raise the budget",
-            patch=unused or None,
+            if enough
+            else "fewer replicas or nodes, cheaper instances, or a larger budget",
+            patch=unused if enough else None,
         )
     usd = plan.training.usd if plan.training else None
     if budget.usd_per_run is not None and usd is not None and usd > budget.usd_per_run:
@@ -124,6 +125,14 @@ def _nodes_that_nothing_uses(stack: Stack) -> dict[str, int]:
         for name, (pool, _) in of_pool.items()
         if max(needed[name], pool.min_nodes) < pool.max_nodes
     }
+
+
+def _saved_per_h(stack: Stack, max_nodes: Mapping[str, int]) -> float:
+    """USD/h that pools at their fullest cost less with these `max_nodes`."""
+    return sum(
+        (pool.max_nodes - max_nodes.get(f"node_pools.{name}.max_nodes", pool.max_nodes)) * (machine.price or 0)
+        for name, (pool, machine) in pools(stack).items()
+    )
 
 
 def _better(asked: Sequence[Demand], machine: Instance, *, nodes: int) -> tuple[Instance, int, float] | None:

@@ -34,13 +34,12 @@ def training_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
     )
 
 
-def replica_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
+def replica_fits(_: Stack, plan: Plan) -> Iterator[Finding]:
     """SLW202: weights, KV cache and runtime of one replica against its memory."""
-    declared = {service.name: service for service in stack.services}
     for service in plan.services:
         if service.memory and service.memory.value > MARGIN * service.memory_limit_gib:
-            cache = declared[service.name].kv_gib
-            spare = floor(10 * (MARGIN * service.memory_limit_gib - (service.memory.value - cache))) / 10
+            beside = sum(gib for part, gib in service.memory.parts.items() if part != "KV cache")
+            spare = floor(10 * (MARGIN * service.memory_limit_gib - beside)) / 10
             yield Finding(
                 code="SLW202",
                 severity="error",

@@ -92,9 +92,9 @@ def checkpoints_are_worth_it(stack: Stack, plan: Plan) -> Iterator[Finding]:
     every_h = training.checkpoint.every_steps * run.step.value / 3600
     too_long_h = max(WORTH_SAVING_H, 2 * run.best_checkpoint_s / 3600)
     none_before_the_end = training.checkpoint.every_steps >= training.steps and run.hours.value > WORTH_SAVING_H
-    if not none_before_the_end and not (spot and every_h > too_long_h):
-        return
     wanted = max(min(run.best_checkpoint_steps, training.steps // 2), 1)
+    if wanted >= training.checkpoint.every_steps or not (none_before_the_end or (spot and every_h > too_long_h)):
+        return
     yield Finding(
         code="SLW504",
         severity="warn",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from infra.checks import CHECKS, CODES, Finding, Refused, check, codes_of, enforce
 from infra.cli.edit import apply
 from infra.planner import plan
-from infra.spec import Stack, StackError, load
+from infra.spec import Stack, load
 
 Values = dict[str, Any]
 ROOT = Path(__file__).parents[3]
@@ -152,16 +152,3 @@ def _prod(values: Values) -> Stack:
             node = node[key]
         node[last] = value
     return Stack.model_validate(document)
-
-
-def test_a_patch_never_makes_a_file_that_cannot_be_read(changed: Callable[..., Path]) -> None:
-    for case in CASES:
-        file = changed(case["stack"], case["broken"])
-        for finding in check(load(file), plan(load(file))):
-            if finding.patch:
-                trial = file.with_name("Pulumi.trial.yaml")
-                trial.write_text(apply(file.read_text(), finding.patch))
-                try:
-                    load(trial)
-                except StackError as error:
-                    pytest.fail(f"{finding}: {error}")

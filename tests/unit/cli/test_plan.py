@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from infra.checks import check
 from infra.cli.against import changes
 from infra.cli.edit import EditError, apply
+from infra.cli.fix import fix
 from infra.cli.main import app
 from infra.cli.report import page
 from infra.planner import plan
@@ -165,6 +166,38 @@ def test_a_file_that_cannot_be_read_is_told_by_its_own_name_and_not_touched(proj
     assert done.exit_code != 0
     assert str(done.exception).startswith("stacks/Pulumi.prod.yaml:")
     assert "global_bach" in file.read_text()
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    nodes=st.integers(1, 9), batch=st.integers(1, 300), micro=st.integers(1, 64), most=st.integers(2, 40),
+    kv_gib=st.floats(0.01, 80), cpus=st.floats(0.5, 9), pool=st.sampled_from(["train", "serve"]),
+)  # fmt: skip
+def test_a_fix_never_leaves_more_errors_than_there_were(
+    tmp_path_factory: pytest.TempPathFactory,
+    nodes: int,
+    batch: int,
+    micro: int,
+    most: int,
+    kv_gib: float,
+    cpus: float,
+    pool: str,
+) -> None:
+    chat = "services.chat"
+    values = {
+        "training.nodes": nodes, "training.global_batch": batch, "training.micro_batch": micro,
+        f"{chat}.autoscaling.max_replicas": most, f"{chat}.kv_gib": kv_gib, f"{chat}.resources.cpus": cpus, f"{chat}.pool": pool,
+    }  # fmt: skip
+    file = tmp_path_factory.mktemp("fix") / "Pulumi.prod.yaml"
+    file.write_text(apply(TEXTS["Pulumi.prod.yaml"], values))
+
+    def errors() -> int:
+        return sum(finding.severity == "error" for finding in check(load(file), plan(load(file))))
+
+    before = errors()
+    fixed = fix(file)
+    assert errors() <= max(before - 1, 0) if fixed.applied else errors() == before
+    assert fix(file).applied == ()
 
 
 def git(folder: Path, *arguments: str) -> None:
