@@ -12,6 +12,14 @@ from infra.planner.points import Point, device_gib_of, number, shape_of, whole
 from infra.planner.run import FP32, MEGATRON, PURE, Kernels, Layout, Loss, Recompute, Run, States
 from infra.planner.train_memory import CONTEXT_GIB, memory
 
+OPTIMIZERS = (
+    (r"8.?bit|bnb", 2.0),  # two moments of one byte (Dettmers et al. 2022)
+    (r"adafactor", 0.0),  # rows and columns of the second moment (Shazeer and Stern 2018)
+    (r"sgd(?!.*moment)", 0.0),
+    (r"sgd|lion|muon", 4.0),  # one fp32 moment
+)
+"""Bytes of moments a parameter, where they are not AdamW's."""
+
 
 def recompute_of(point: Point, framework: Framework) -> Recompute:
     text = str(point.raw.get("recompute") or "").lower().strip()
@@ -31,8 +39,8 @@ def recompute_of(point: Point, framework: Framework) -> Recompute:
     raise ValueError(f"recompute {point.raw.get('recompute')!r} is not understood")
 
 
-def states_of(point: Point, framework: Framework) -> States:
-    """Bytes of state a parameter: what `dtype` says where it is explicit, else the framework's."""
+def _numbers_of(point: Point, framework: Framework) -> States:
+    """Bytes of weight, gradient, master and AdamW's moments: what `dtype` says where it is explicit, else the framework's."""
     text = str(point.raw.get("dtype") or "").lower()
     if ("pure" in text and "fsdp" not in text) or re.search(r"(bf16|16)-true", text):
         return PURE
@@ -41,6 +49,15 @@ def states_of(point: Point, framework: Framework) -> States:
     if framework.name == "PyTorch" and ("bf16 params" in text or "fp16" in text):
         return MEGATRON
     return framework.states
+
+
+def states_of(point: Point, framework: Framework) -> States:
+    """Bytes of state a parameter, with the moments of the optimizer that the point names (AdamW where it names none)."""
+    states, name = _numbers_of(point, framework), str(point.raw.get("optimizer") or "").lower()
+    for pattern, moments in OPTIMIZERS:
+        if re.search(pattern, name):
+            return replace(states, moments=moments)
+    return states
 
 
 def kernels_of(point: Point, framework: Framework) -> Kernels:

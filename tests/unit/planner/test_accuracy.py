@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from infra.cli.main import app
 from infra.planner.accuracy import Accuracy, measure
 
 HELD_OUT = json.loads((Path(__file__).parent / "heldout_points.json").read_text())
@@ -134,3 +136,29 @@ def test_no_measurement_is_fatal(quantity, value) -> None:
 @pytest.mark.parametrize("junk", [None, 3, "point", [], {}])
 def test_what_is_no_point_is_listed(junk) -> None:
     assert measure([junk]).not_estimated
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_saved"), [("AdamW 8-bit", 6), ("SGD", 8), ("SGD with momentum", 4), ("AdamW", 0)]
+)
+def test_state_follows_the_optimizer(optimizer, bytes_saved) -> None:
+    measured = {"peak_allocated_gib": 50.0}
+    adam, other = (
+        measure([point(measured=measured, optimizer=name)]).points[0].predicted for name in (None, optimizer)
+    )
+    assert adam - other == pytest.approx(bytes_saved * 8_030_261_248 / 8 / 2**30, rel=1e-3)
+
+
+def test_estimate_prints_the_document_and_refuses_what_is_no_file_of_points(tmp_path) -> None:
+    file = tmp_path / "points.json"
+    file.write_text(json.dumps(HELD_OUT[:2]))
+    printed = CliRunner().invoke(app, ["estimate", str(file), "--json"])
+    assert json.loads(printed.stdout)["points"][0]["id"] == "H001"
+    for text, says in (("{", "not JSON"), ("3", "no list of points"), (None, "no such file")):
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        refused = CliRunner().invoke(app, ["estimate", str(file)])
+        assert refused.exit_code != 0
+        assert says in str(refused.exception)

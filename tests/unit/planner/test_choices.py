@@ -53,14 +53,14 @@ def test_a_choice_to_train_meets_the_deadline_and_the_memory(deadline_h: float) 
         assert choice.memory_gib <= MARGIN * choice.memory_limit_gib
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(tokens=st.floats(1e9, 1e11), times=st.floats(1, 5))
 def test_price_never_falls_with_more_tokens(tokens: float, times: float) -> None:
     few, many = (train(tokens=n, deadline_h=200).choices[0].numbers["usd"] for n in (tokens, tokens * times))
     assert few <= many * (1 + 1e-9)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(deadline_h=st.floats(10, 100), times=st.floats(1, 10))
 def test_more_time_is_never_dearer(deadline_h: float, times: float) -> None:
     soon, late = (train(deadline_h=h).choices[0].numbers["usd"] for h in (deadline_h, deadline_h * times))

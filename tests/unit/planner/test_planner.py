@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.catalog import gpus, instance, instances
+from infra.catalog import gpus, instance, instances, models
 from infra.planner import plan, to_json
 from infra.planner.shape import Shape
 from infra.planner.train_memory import memory
@@ -126,3 +126,28 @@ def test_users_catalogue_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.M
         assert "H100" in gpus()
     finally:
         _tables.cache_clear()
+
+
+def test_a_config_json_is_read_in_the_names_of_its_family() -> None:
+    gpt2 = Shape.from_config({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257})
+    assert (gpt2.ffn, gpt2.gated, gpt2.tied) == (3072, False, True)
+    assert gpt2.parameters == pytest.approx(124.4e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"hidden_size": 64}, "no `num_attention_heads`"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "num_local_experts": 8}, "mixture of experts"),
+    ],
+)
+def test_a_config_json_that_is_no_dense_decoder_is_refused(config: dict[str, int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Shape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama3-70b", 70.6), ("qwen2.5-7b", 7.62), ("mistral-7b", 7.25), ("gpt3-175b", 175)]
+)
+def test_models_of_the_catalogue_have_their_published_size(name: str, billions: float) -> None:
+    assert Shape.from_config(models()[name]).parameters / 1e9 == pytest.approx(billions, rel=0.005)
