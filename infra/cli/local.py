@@ -39,8 +39,8 @@ def up(stack: StackName = "local", json: AsJson = False) -> None:
 
     Only what the stack file's changes touch is run again. Ctrl-C stops everything; the next `up` goes on where it was.
     """
-    spec = load(stack_file(stack))
-    planned = make_plan(spec)
+    planned = make_plan(load(stack_file(stack)))
+    spec = planned.stack
     show_plan(planned, stack=stack, console=people)
     show_findings(enforce(spec, planned), console=people)
     from infra.render import render  # Pulumi's import takes a second: not before the plan is on the screen
