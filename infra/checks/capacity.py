@@ -10,7 +10,7 @@ from infra.planner.training import ranks_per_node
 from infra.spec import NodePool, Stack
 
 DAEMONSETS_CPUS, DAEMONSETS_GIB = 0.4, 0.75
-"""What CNI, kube-proxy, CSI, device plugin and exporters ask for on a GPU node of EKS, by their charts' own defaults."""
+"""What CNI, kube-proxy, CSI, device plugin and exporters of a node may ask for together (an assumption, and so a warning only)."""
 
 
 def gang_fits_pool(stack: Stack, _: Plan) -> Iterator[Finding]:

@@ -62,8 +62,10 @@ def nothing_hangs_on_one_pod(stack: Stack, _: Plan) -> Iterator[Finding]:
     """SLW503: one replica, in production, is none while it is rolled or its node goes; a surge bridges roll-outs only."""
     of_pool = pools(stack)
     for service in stack.services:
-        if service.channel == "production" and service.least_replicas == 1 and not service.surge:
-            pool, _machine = of_pool[service.pool]
+        pool, _machine = of_pool[service.pool]
+        one_machine = stack.platform.cloud == "local" and pool.max_nodes == 1
+        alone = service.least_replicas == 1 and not service.surge
+        if service.channel == "production" and alone and not one_machine:
             yield Finding(
                 code="SLW503",
                 severity="warn",

@@ -26,6 +26,7 @@ class Fixed:
 
 def fix(file: Path) -> Fixed:
     """Mend the stack file, all at once and whole. Raises StackError for one that cannot be read, Refusal where it cannot be written."""
+    load(file)  # its errors name the file itself
     before = file.read_bytes().decode()
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / file.name
@@ -35,7 +36,6 @@ def fix(file: Path) -> Fixed:
             stack = load(trial)
             return [finding for finding in check(stack, plan(stack)) if finding.severity == "error"]
 
-        load(file)  # its errors name the file itself
         fixed = _mend(before, errors)
     if fixed.after != before:
         _write(file, fixed.after)
@@ -69,7 +69,8 @@ def _mend(before: str, errors: Callable[[str], list[Finding]]) -> Fixed:
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; a link stays one."""
+    file = file.resolve()
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         beside.write_bytes(text.encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from infra.checks import Refused
 from infra.cli import local
@@ -76,7 +77,7 @@ def main() -> None:
         app()
     except (StackError, Refused, Refusal, ValueError) as error:
         for line in str(error).splitlines():
-            people.print(f"[bold red]error:[/] {line}", markup=True)
+            people.print(f"[bold red]error:[/] {escape(line)}")
         sys.exit(2)
 
 

@@ -50,7 +50,7 @@ def plan(
         if differs is not None:
             show_changes(differs, against=str(against), console=people)
         if html:
-            people.print(f"report: {html}", style="dim")
+            people.print(f"report: {html}", style="dim", markup=False)
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(2)
 

@@ -18,7 +18,7 @@ from infra.checks import check
 from infra.cli.against import changes
 from infra.cli.edit import EditError, apply
 from infra.cli.fix import fix
-from infra.cli.main import app
+from infra.cli.main import app, main
 from infra.cli.report import page
 from infra.planner import plan
 from infra.render import render
@@ -198,6 +198,18 @@ def test_a_fix_never_leaves_more_errors_than_there_were(
     fixed = fix(file)
     assert errors() <= max(before - 1, 0) if fixed.applied else errors() == before
     assert fix(file).applied == ()
+
+
+def test_what_is_refused_is_printed_to_the_letter(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets are YAML's, and no markup."""
+    project({"[spot, on-demand]": "[on-demand, spot]"})
+    monkeypatch.setattr("sys.argv", ["slipway", "render", "-s", "prod", "-o", "out"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert "Fix: [spot, on-demand], or [on-demand] alone" in capsys.readouterr().err
 
 
 def git(folder: Path, *arguments: str) -> None:
