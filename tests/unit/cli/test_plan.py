@@ -278,6 +278,24 @@ def test_files_that_are_no_manifests_are_refused(tmp_path: Path, text: str) -> N
     assert "no such file" in str(CliRunner().invoke(app, ["check", str(tmp_path / "none.yaml")]).exception)
 
 
+SIZED = {
+    "      gpus: 1\n": "      gpus: 1\n      traffic: {rps: 20}\n",
+    "    nodes: 2\n": "    nodes: 2\n    parallelism: auto\n",
+}
+
+
+def test_people_see_latency_spot_and_what_auto_chose(project: Callable[..., Path], tmp_path: Path) -> None:
+    project(SIZED)
+    done = slipway("--html", str(tmp_path / "page.html"))
+    assert done.exit_code == 0
+    shown, written = done.stderr, Page((tmp_path / "page.html").read_text()).words
+    for said in ("training.parallelism", "interruptions expected", "first token", "each token after it"):
+        assert said in shown
+        assert said in written
+    assert "USD a million output tokens" in shown
+    assert "a million output tokens" in written
+
+
 class Page(HTMLParser):
     """What a page holds; raises on tags that do not match."""
 
