@@ -1,9 +1,9 @@
 """What each stage of a training computes, and the digest that names its output: pure functions of the spec.
 
 A stage's digest covers what determines its output: its config, the content of its image, the digests of what it reads. It
-does not cover where and how wide it runs (nodes, ranks, resources, restarts): `global_batch` fixes the arithmetic up to the
-rounding of floats, so that a run spread over more nodes is the same run, gone on with from its checkpoint, and a finished
-one is not paid for again. So a change re-runs what it touches, and nothing else.
+does not cover where and how wide it runs (nodes, ranks, layout, resources, restarts): `global_batch` fixes the arithmetic up
+to the rounding of floats, so that a run spread over more nodes is the same run, gone on with from its checkpoint, and a
+finished one is not paid for again. So a change re-runs what it touches, and nothing else.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 
 from infra.catalog import Instance
 from infra.components.common import digest, plain
-from infra.spec import PodResources, Training
+from infra.spec import Parallelism, PodResources, Training
 
 Json = dict[str, Any]
 
@@ -59,7 +59,7 @@ def pipeline(training: Training, *, image_digest: str, registry_url: str) -> Pip
     target = [registry_url, training.name, training.channel]
     return Pipeline(
         data=data,
-        train=train,
+        train=train | _layout(training.layout),
         evaluate=evaluate,
         publish=publish,
         data_digest=data_digest,
@@ -83,6 +83,19 @@ def _train(training: Training) -> Json:
         "log_every_steps",
     }
     return plain(training.model_dump(mode="json", include=keys))
+
+
+def _layout(layout: Parallelism) -> Json:
+    """The trainer's `parallelism`, where ranks do more than share the batch: the replicas are what it leaves of the world."""
+    if layout == Parallelism():
+        return {}
+    names = {"dp_shard": layout.fsdp, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp}
+    wanted: Json = {key: value for key, value in names.items() if value > 1}
+    if layout.vpp > 1:
+        wanted |= {"pp_schedule": "interleaved", "pp_stages_per_rank": layout.vpp}
+    if layout.recompute != "none":
+        wanted["recompute"] = layout.recompute
+    return {"parallelism": wanted}
 
 
 def helper_resources(training: Training, machine: Instance) -> PodResources:

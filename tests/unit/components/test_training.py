@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import yaml
+
+from trainer.config import TrainConfig
 
 from .conftest import Json, Objects
 
@@ -117,6 +120,26 @@ def test_config_files_hold_what_the_trainer_reads_and_no_paths(local: Objects) -
     assert config("promote", "evaluate.yaml").keys() == {"max_tokens", "baselines", "sample"}
     for stage, file in (("data", "data.yaml"), ("train", "train.yaml"), ("promote", "evaluate.yaml")):
         assert "/" not in yaml.safe_dump(config(stage, file)).replace("/n", "")
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ({"fsdp": 8}, {"dp_shard": 8}),
+        ({"tp": 2, "fsdp": 4, "recompute": "selective"}, {"tp": 2, "dp_shard": 4, "recompute": "selective"}),
+        ({"pp": 2, "vpp": 2}, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    ],
+)
+def test_a_layout_reaches_the_trainer_and_makes_no_new_run(
+    prod: Objects, rendered: Callable[..., Objects], layout: dict[str, Any], ranks: dict[str, Any]
+) -> None:
+    other = rendered("prod", {"training.parallelism": layout})
+    name = other.one("Job", "train")["metadata"]["name"]
+    assert name == prod.one("Job", "train")["metadata"]["name"]
+    config = yaml.safe_load(other.one("ConfigMap", name)["data"]["train.yaml"])
+    # The trainer's own reader takes it: the two packages share nothing but this file.
+    read = TrainConfig.model_validate(config | {"data": "/data", "run": "/runs"}).parallelism
+    assert read.model_dump(include=set(ranks)) == ranks
 
 
 def test_volumes_of_several_nodes_are_shared(prod: Objects, local: Objects) -> None:
