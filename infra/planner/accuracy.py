@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from math import isfinite
 from statistics import median
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from infra.planner import point_runs, points
 from infra.planner.collectives import Collective, Group, collective_s
@@ -116,7 +116,7 @@ def measure(raws: Iterable[Raw]) -> Accuracy:
 
 
 def _rows(point: Point) -> Iterable[Row]:
-    if "bytes" in point.measured or "bytes" in point.raw:
+    if point.category.startswith("coll") or "bytes" in point.measured or "bytes" in point.raw:
         predict = _collective(point)
     elif point.trains:
         predict = _training(point)
@@ -145,11 +145,22 @@ Predict = Callable[[str, Any], float | bool | None]
 
 def _collective(point: Point) -> Predict:
     given = point.raw | point.measured
-    kind = str(given.get("collective") or "all_reduce").lower().replace("-", "_").replace("allreduce", "all_reduce")
+    size = next((given[key] for key in ("bytes", "size_bytes", "message_bytes", "size") if given.get(key)), None)
+    if size is None:
+        raise ValueError("a collective without the bytes of its message")
+    message = points.number(size, default=0)
+    kind = (
+        str(given.get("collective") or given.get("op") or "all_reduce")
+        .lower()
+        .replace("-", "_")
+        .replace("allreduce", "all_reduce")
+    )
+    if kind not in get_args(Collective):
+        raise ValueError(f"collective {kind!r} is not known; known are {', '.join(get_args(Collective))}")
     gpu = points.gpu_of(point)
     node = int(points.number(given.get("gpus_per_node"), default=8))
     group = Group(size=point.gpus, node=node)
-    seconds = collective_s(cast(Collective, kind), message_bytes=float(given["bytes"]), gpu=gpu, group=group)
+    seconds = collective_s(cast(Collective, kind), message_bytes=message, gpu=gpu, group=group)
 
     def predict(quantity: str, _: Any) -> float | None:
         for ending, scale in (("_us", 1e6), ("_ms", 1e3), ("_s", 1.0)):
@@ -157,11 +168,16 @@ def _collective(point: Point) -> Predict:
                 return seconds * scale
         timed = any(re.search(r"_(us|ms|s)$", key) and not re.search("gb|bw", key) for key in point.measured)
         if "bw" in quantity and not timed:  # nothing but a bandwidth was published
-            algorithm = float(given["bytes"]) / seconds / 1e9
+            algorithm = message / seconds / 1e9
             return algorithm if "alg" in quantity else algorithm * 2 * (group.size - 1) / group.size
         return None
 
     return predict
+
+
+MEMORY = re.compile(
+    r"(peak|max|reserved|allocated|mem|vram|hbm).*_(gib|gb|mib|mb)(_per_\w+)?$|(gib|gb|mib|mb).*(peak|reserved|allocated)"
+)
 
 
 def _training(point: Point) -> Predict:
@@ -187,16 +203,13 @@ def _training(point: Point) -> Predict:
         if quantity in ("oom", "fits"):
             used = memory(run, statistic="allocated").value + CONTEXT_GIB
             return (used > points.device_gib_of(point)) == (quantity == "oom")
-        if re.search(
-            r"(peak|max|reserved|allocated|mem|vram|hbm).*_(gib|gb|mib|mb)\b|(gib|gb|mib|mb).*(peak|reserved|allocated)",
-            quantity,
-        ):
+        if MEMORY.search(quantity):
             return _memory(point, run, quantity, framework=framework)
         if re.search(r"tokens?_per_s|tok_s|tps\b|tgs\b|wps\b", quantity):
             return rate() * _gpus_counted(point, quantity)
         if re.search(r"(samples?|seqs?|sequences?)_per_s", quantity):
             return rate() * _gpus_counted(point, quantity) / run.seq
-        if re.search(r"iter|step", quantity) and re.search(r"(^|_)(ms|s|secs?|seconds?)(_|\b)", quantity):
+        if re.search(r"iter|step", quantity) and re.search(r"(^|_)(ms|s|secs?|seconds?)(_|\b)|time$", quantity):
             step = run.tokens_per_step / rate() / layout.gpus
             return step * (1000 if re.search(r"(^|_)ms(_|\b)", quantity) else 1)
         if "tflop" in quantity:
@@ -215,7 +228,7 @@ def _training(point: Point) -> Predict:
 
 def _gpus_counted(point: Point, quantity: str, default: int | None = None) -> int:
     """GPUs that a rate is of: one, a node, or all."""
-    if re.search(r"per_?(gpu|device|rank|chip|accel)", quantity) or re.search(r"tgs\b|wps\b", quantity):
+    if re.search(r"(per_?|_)(gpu|device|rank|chip|accel)\b", quantity) or re.search(r"tgs\b|wps\b", quantity):
         return 1
     if "per_node" in quantity:
         return min(8, point.gpus)
@@ -230,10 +243,10 @@ def _memory(point: Point, run: Run, quantity: str, *, framework: Framework) -> f
     whole_device = "nvidia-smi" in point.text
     stage = 0 if framework.reports == "first" and "max over ranks" not in point.text else None
     gib = memory(run, statistic="device" if whole_device else statistic, stage=stage).value
-    if re.search(r"_mi?b\b", quantity):
+    if re.search(r"_mi?b(_|\b)", quantity):
         return gib * 1024
     decimal = framework.decimal or re.search(r"1e9|10\^9|10\*\*9", point.text)
-    return gib * GIB / 1e9 if decimal and re.search(r"_gb\b", quantity) else gib
+    return gib * GIB / 1e9 if decimal and re.search(r"_gb(_|\b)", quantity) else gib
 
 
 def _inference(point: Point) -> Predict:
@@ -288,9 +301,8 @@ def _inference(point: Point) -> Predict:
             gib = weight_bytes(shape, form=form, tp=tp, pp=pp) / GIB
             return gib * (1 if "per_gpu" in quantity or "total" not in quantity else tp * pp)
         if re.search("concurrency|max_seqs", quantity):
-            if not raw.get("seq"):
-                return None
-            return kept().concurrency(tokens_per_sequence=float(raw["seq"]))
+            length = points.number(raw.get("max_model_len") or raw.get("seq"), default=0)
+            return kept().concurrency(tokens_per_sequence=length) if length else None
         if "block" in quantity and "size" not in quantity:
             return kept().blocks
         if re.search("(kv|cache).*tokens", quantity):

@@ -34,7 +34,7 @@ def recompute_of(point: Point, framework: Framework) -> Recompute:
         return "matmul"
     if "selective" in text or "attention" in text or "core" in text:
         return "attention"
-    if "full" in text or "true" in text or "all" in text:
+    if re.search(r"full|true|all|block|uniform|yes|\bon\b|enabled|checkpoint", text):
         return "full"
     raise ValueError(f"recompute {point.raw.get('recompute')!r} is not understood")
 
@@ -84,8 +84,36 @@ def _loss_of(point: Point, framework: Framework, kernels: Kernels) -> Loss:
     return kernels.loss
 
 
+def _parallelism(point: Point) -> dict[str, Any]:
+    """The point's sizes by dimension, out of a mapping or of words (`fsdp`, `tp8 pp2`, `dp=4, zero-3`)."""
+    given: Any = point.raw.get("parallelism")
+    if isinstance(given, dict):
+        return cast("dict[str, Any]", given)
+    if not isinstance(given, str):
+        return {}
+    words = given.lower()
+    named = re.findall(r"(fsdp|ddp|dp|tp|pp|cp|ep|vpp)\W{0,3}(\d+)", words)
+    sizes: dict[str, Any] = {name: int(size) for name, size in named}
+    if stage := re.search(r"zero\D{0,8}([0-3])", words):
+        sizes["zero_stage"] = int(stage[1])
+    if not named and re.search("fsdp|full.?shard", words):
+        sizes["fsdp"] = point.gpus
+    return sizes
+
+
+def _zero_stage(given: dict[str, Any]) -> int | None:
+    """ZeRO's stage (`3`, `stage3`); None where it is not said. Raises ValueError for what is none."""
+    value = next((given[key] for key in ("zero_stage", "zero") if given.get(key) is not None), None)
+    if value is None:
+        return None
+    stage = re.search(r"\d+", str(value))
+    if stage is None or int(stage[0]) > 3:
+        raise ValueError(f"zero stage {value!r} is none of 0 to 3")
+    return int(stage[0])
+
+
 def layout_of(point: Point, framework: Framework) -> Layout:
-    given = cast("dict[str, Any]", point.raw.get("parallelism") or {})
+    given = _parallelism(point)
 
     def size(*keys: str) -> int:
         return next((whole(given, key) for key in keys if given.get(key) is not None), 1)
@@ -114,8 +142,8 @@ def layout_of(point: Point, framework: Framework) -> Layout:
     ):
         point.assumptions.append("interleaved, and not in how many chunks: 2 a stage")
         layout = replace(layout, vpp=2)
-    stage = given.get("zero_stage", given.get("zero"))
-    zero = (3 if layout.fsdp > 1 else framework.zero) if stage is None else int(number(stage, default=0))
+    stage = _zero_stage(given)
+    zero = (3 if layout.fsdp > 1 else framework.zero) if stage is None else stage
     if layout.fsdp > 1 and zero in (0, 1) and stage is not None:
         layout = replace(layout, dp=layout.dp * layout.fsdp, fsdp=1)
     if zero == 3 and layout.fsdp == 1 and stage is not None:
@@ -129,8 +157,7 @@ def layout_of(point: Point, framework: Framework) -> Layout:
 
 
 def framework_for(point: Point) -> Framework:
-    stage = cast("dict[str, Any]", point.raw.get("parallelism") or {}).get("zero_stage")
-    return framework_of(point.text, zero=None if stage is None else int(stage))
+    return framework_of(point.text, zero=_zero_stage(_parallelism(point)))
 
 
 def run_of(point: Point) -> Run:

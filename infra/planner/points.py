@@ -194,17 +194,18 @@ def shape_of(point: Point) -> Shape:
 
 
 def weight_format_of(point: Point) -> Format:
+    """How weights are stored: what `dtype` says, less what it says of the cache alone (`bf16, fp8 kv`)."""
     text = str(point.raw.get("dtype") or "").lower()
+    text = re.sub(r"(fp8|int8)[^,;+/]*\bkv\w*|kv[^,;+/]*(fp8|int8)", "", text)
     for pattern, name in (
         ("int4|awq|gptq|w4|4-?bit|nf4", "int4"),
-        ("int8|w8a|8-?bit", "int8"),
         ("fp8|float8", "fp8"),
-        ("fp32", "fp32"),
+        ("int8|w8a|8-?bit", "int8"),
+        ("fp32|float32", "fp32"),
+        ("bf16|fp16|bfloat16|float16|half", "bf16"),
     ):
         if re.search(pattern, text):
             return FORMATS[name]
-    if re.search("bf16|fp16|float16|half", text):
-        return FORMATS["bf16"]
     raise ValueError(f"dtype {point.raw.get('dtype')!r} is not understood")
 
 

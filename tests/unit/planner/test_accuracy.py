@@ -112,6 +112,34 @@ def test_quantities_are_read_by_many_names(quantity, same_as, times) -> None:
         assert rows[quantity] > 1000
 
 
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ({"parallelism": "FSDP"}, {"parallelism": {"fsdp": 8}}),
+        ({"parallelism": "fsdp=4, tp 2"}, {"parallelism": {"fsdp": 4, "tp": 2}}),
+        ({"parallelism": {"dp_shard": 4, "dp_replicate": 2}}, {"parallelism": {"fsdp": 4, "dp": 2}}),
+        ({"parallelism": {"dp": 8, "zero": "stage3"}}, {"parallelism": {"fsdp": 8, "zero_stage": 3}}),
+        ({"recompute": True}, {"recompute": "full"}),
+        ({"recompute": "activation checkpointing on"}, {"recompute": "full"}),
+        ({"recompute": "off"}, {"recompute": "none"}),
+        ({"gpu": "8x NVIDIA H100 80GB HBM3 (2.4 TB/s, 500W)"}, {"gpu": "H100-SXM-80GB-HBM2e-500W (2.4TB/s)"}),
+    ],
+)
+def test_fields_are_read_in_many_spellings(said, means) -> None:
+    predicted = [[row.predicted for row in measure([point(**changes)]).points] for changes in (said, means)]
+    assert predicted[0] == predicted[1]
+    assert predicted[0]
+
+
+def test_a_collective_is_read_by_any_name_of_its_size() -> None:
+    measured = {"collective": "all-reduce", "size_bytes": 2**24, "time_us": 115}
+    raw = {"id": "c", "category": "collective", "gpus": 8, "gpu": "H100-SXM-80GB", "measured": measured}
+    assert measure([raw]).points[0].predicted == pytest.approx(129, abs=2)
+    alone = raw | {"measured": {"collective": "all_reduce", "bytes": 2**24, "busbw_gb_s": 255}}
+    assert measure([alone]).points[0].predicted == pytest.approx(2**24 * 1.75 / 129e-6 / 1e9, rel=0.02)
+    assert "not known" in measure([raw | {"measured": measured | {"collective": "gossip"}}]).not_estimated[0].why
+
+
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just({}) | st.just([])
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from infra.catalog import instance, models
-from infra.checks import check
+from infra.checks import check, memory
 from infra.cli.main import app
 from infra.planner import plan, to_json
 from infra.planner.layouts import MARGIN, best_layout
@@ -125,6 +125,10 @@ def test_auto_passes_the_checks_and_says_why(given_stack: Stack) -> None:
     assert all(chosen.why for chosen in planned.chosen)
     assert plan(given_stack) == planned
     json.dumps(to_json(planned), allow_nan=False)
+
+
+def test_the_margin_is_that_of_the_checks() -> None:
+    assert memory.MARGIN == MARGIN
 
 
 def test_a_stack_that_leaves_nothing_open_stays_as_it_is(stack_path: Path) -> None:
