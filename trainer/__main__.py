@@ -1,4 +1,4 @@
-"""`python -m trainer --config train.yaml data=DIR run=DIR`, alone or as one rank of torchrun."""
+"""`python -m trainer --config train.yaml data=DIR run=DIR [base=DIR]`, alone or as one rank of torchrun."""
 
 import ctypes
 import os
@@ -6,8 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.command import read_command
-from trainer.config import TrainConfig
+from trainer.command import read_train_command
 from trainer.errors import StopSignal, run_program
 
 _PR_SET_PDEATHSIG = 1
@@ -19,10 +18,11 @@ def main(arguments: list[str]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # Ranks have sessions of their own: were the launcher killed outright, they would run on with nobody to stop them.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=arguments)
+    config, places = read_train_command(arguments)
     from trainer.train import train
 
-    train(config, data=Path(places["data"]), run=Path(places["run"]), stop=stop)
+    base = Path(places["base"]) if "base" in places else None
+    train(config, data=Path(places["data"]), run=Path(places["run"]), base=base, stop=stop)
 
 
 run_program(main)

@@ -7,14 +7,14 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import Config
+from trainer.config import Config, TrainConfig
 from trainer.errors import Refused
 
 C = TypeVar("C", bound=Config)
@@ -34,8 +34,10 @@ def read_command(
     places: tuple[str, ...],
     arguments: Sequence[str],
     optional: tuple[str, ...] = (),
+    complete: Callable[[dict[str, str]], dict[str, Any]] = lambda _given: {},
 ) -> tuple[C, dict[str, str]]:
     """The validated config, and the places (`data=DIR`, …): what a config file never holds. All `places` are required.
+    `complete` gives, from the places, keys that the file then need not have.
 
     Raises Refused for anything that is unknown, missing or ill-typed.
     """
@@ -54,11 +56,34 @@ def read_command(
     for place in places:
         if not given.get(place):
             raise Refused(f"{place}= is missing", where="command line", fix=f"Usage: {usage}")
-    return load_config(config_class, options.config, overrides), given
+    return load_config(config_class, options.config, overrides, complete(given)), given
 
 
-def load_config(config_class: type[C], path: Path, overrides: dict[str, str]) -> C:
-    """Reads a YAML file, lays `{"optim.lr": "1e-3"}` over it and validates the whole."""
+def read_train_command(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str]]:
+    """The trainer's own command; with base=DIR the shape of the model is that of the package there."""
+
+    def shape_of_base(places: dict[str, str]) -> dict[str, Any]:
+        if "base" not in places:
+            return {}
+        from trainer.shapes import read_settings, shape_of
+
+        return {"model": shape_of(read_settings(Path(places["base"])), where=places["base"])}
+
+    return read_command(
+        "trainer",
+        TrainConfig,
+        places=("data", "run"),
+        optional=("base",),
+        arguments=arguments,
+        complete=shape_of_base,
+    )
+
+
+def load_config(config_class: type[C], path: Path, overrides: dict[str, str], known: dict[str, Any] | None = None) -> C:
+    """Reads a YAML file, lays `{"optim.lr": "1e-3"}` over it and validates the whole.
+
+    `known` are keys with their values that the file leaves out. Raises Refused where it says otherwise.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -77,6 +102,10 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str]) ->
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise Refused("the config is not a mapping of keys", where=str(path), fix="Write lines of the form key: value.")
+    for key, value in (known or {}).items():
+        if values.setdefault(key, value) != value:
+            fix = f"Remove {key}: it is the package's."
+            raise Refused(f"'{key}' is not what base= says", where=f"{path}:{_line(tree, [key])}", fix=fix)
     for key, text in overrides.items():
         _lay_over(values, key, text)
     try:

@@ -1,5 +1,6 @@
 """What a program is told: one frozen, validated class for each. `command.py` reads them."""
 
+import typing
 from collections.abc import Sequence
 from typing import Literal
 
@@ -147,6 +148,18 @@ class RecoverConfig(Config):
     hang_timeout_s: float = Field(default=600.0, gt=0)  # without a finished step: dump all stacks and start again
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Config):
+    """Adapters in the place of all weights; see `lora.py`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    targets: tuple[LoraTarget, ...] = Field(default=typing.get_args(LoraTarget), min_length=1)
+    export: Literal["merged", "adapters"] = "merged"  # a whole model, or the adapters beside the base's name
+
+
 class CheckpointConfig(Config):
     every_steps: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -165,9 +178,16 @@ class TrainConfig(Config):
     document_mask: bool = False  # no document of a window sees the one before it
     parallelism: ParallelConfig = ParallelConfig()
     local_sgd: LocalSgdConfig | None = None
+    lora: LoraConfig | None = None  # with base=
     recover: RecoverConfig = RecoverConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> "TrainConfig":
+        if self.lora is not None and self.parallelism.tp > 1:
+            raise ValueError(f"lora's small matrices are not split over tp {self.parallelism.tp}; use dp_shard instead")
+        return self
 
     @model_validator(mode="after")
     def _context_fits(self) -> "TrainConfig":

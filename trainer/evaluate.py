@@ -18,11 +18,11 @@ from trainer.command import read_command
 from trainer.config import EvaluateConfig, SampleConfig
 from trainer.data import END_OF_TEXT, Dataset, bytes_of_tokens
 from trainer.errors import Refused, run_program
-from trainer.export import load_package
 from trainer.files import digest_of, read_json, sha256_of_file, write_json, write_whole
 from trainer.log import Log
 from trainer.model import Decoder
 from trainer.ngram import baselines
+from trainer.package import load_package
 
 _BATCH_TOKENS = 8192
 

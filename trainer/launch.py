@@ -8,9 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.command import read_command
+from trainer.command import read_train_command
 from trainer.config import TrainConfig
 from trainer.errors import INTERRUPTED, REFUSED, Failed, Interrupted, Refused, run_program
+from trainer.layout import layout_of
 
 _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR run=DIR [key=value …]"
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
         )
     at = arguments.index("--")
     flags, trainer_arguments = arguments[:at], arguments[at + 1 :]
-    config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=trainer_arguments)
+    config, places = read_train_command(trainer_arguments)
     if not (Path(places["data"]) / "manifest.json").is_file():
         raise Refused("there is no dataset", where=places["data"], fix="Make it with python -m trainer.data.")
     _launch(flags, trainer_arguments, config)
@@ -40,7 +41,7 @@ def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig)
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(os.getpid())
     launch_config, command, command_arguments = config_from_args(options)
     if launch_config.min_nodes == launch_config.max_nodes:  # else the world is known only after the rendezvous
-        config.grad_accum(launch_config.max_nodes * launch_config.nproc_per_node)
+        layout_of(config, world=launch_config.max_nodes * launch_config.nproc_per_node)
     try:
         elastic_launch(launch_config, command)(*command_arguments)
     except SignalException as signal:

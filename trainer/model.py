@@ -186,7 +186,7 @@ def initialise(name: str, weight: Tensor, *, seed: int) -> None:
     Each block begins as the identity, and the stream as the embeddings at a size that the first steps do not drown. The
     numbers follow from seed and name alone, so that a rank that holds a part of the model draws only what it holds.
     """
-    if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+    if name.endswith(("o_proj.weight", "down_proj.weight", "bias", "lora_B")):
         weight.zero_()
     elif weight.dim() < 2:
         weight.fill_(1.0)

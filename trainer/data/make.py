@@ -15,7 +15,7 @@ from trainer.data.chat import ChatTemplate
 from trainer.data.config import ChatTask, ClassifyTask, DataConfig, TextTask
 from trainer.data.encode import SPLITS, Done, Job, batched_rows, encode_in_process, encode_part, is_held_out, part_rows
 from trainer.data.sources import Part, Reader, Row
-from trainer.data.tokenizer import Vocabulary, trained_vocabulary, vocabulary_of
+from trainer.data.tokenizer import TURN_MARKS, Vocabulary, trained_vocabulary, vocabulary_of
 from trainer.errors import Refused
 from trainer.files import describe_files, digest_of, fill_directory, read_json, sha256_of_file, write_json
 from trainer.log import Log
@@ -80,6 +80,7 @@ class _Making:
             "vocab_size": vocabulary.size,
             "dtype": "uint16" if dtype == "<u2" else "uint32",
             "end_of_text": vocabulary.end_of_text,
+            "end_of_turn": vocabulary.tokenizer.token_to_id(TURN_MARKS[1]) if self._base is None else None,
             "task": task.kind,
             "labels": list(task.labels) if isinstance(task, ClassifyTask) else None,
             "splits": {name: _total(sources, name) for name in SPLITS},

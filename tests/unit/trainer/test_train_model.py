@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trainer.config import ModelConfig, OptimConfig
 from trainer.data import Dataset
 from trainer.errors import Refused
-from trainer.export import export_package, load_package
+from trainer.export import export_package
+from trainer.package import load_package
 from trainer.model import Decoder, rope_tables, turn
 from trainer.optim import learning_rate, make_optimizer
 
@@ -58,7 +59,7 @@ def test_transformers_gives_the_same_logits(dataset, tmp_path, shape):
     ("spoil", "said"),
     [
         (lambda d: (d / "config.json").unlink(), "no model package"),
-        (lambda d: (d / "config.json").write_text(json.dumps({"model_type": "bert"})), "type 'bert', not llama"),
+        (lambda d: (d / "config.json").write_text(json.dumps({"model_type": "bert"})), "type 'bert', not llama, mistral, qwen2, qwen3"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 99), "cannot be read"),
         (lambda d: (d / "model.safetensors").unlink(), "cannot be read"),
     ],

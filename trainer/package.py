@@ -1,0 +1,130 @@
+"""Reading a model package: a Hugging Face directory of the Llama, Mistral, Qwen2 or Qwen3 family."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.config import ModelConfig, TrainConfig
+from trainer.data import Dataset
+from trainer.errors import Refused
+from trainer.files import digest_of, read_json, sha256_of_file
+from trainer.lora import add_lora
+from trainer.model import Decoder
+from trainer.shapes import FIX, read_settings, shape_of
+
+
+def make_decoder(config: TrainConfig, *, vocab_size: int, labels: int | None) -> Decoder:
+    """The model that a config trains: a classifier where there are labels, with adapters where it says so."""
+    model = Decoder(config.model, vocab_size=vocab_size, labels=labels)
+    if config.lora is not None:
+        add_lora(model, config.lora)
+    return model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run begins from: a package, or nothing."""
+
+    package: Path | None
+    identity: dict[str, str]
+    """What it adds to the identity of the run."""
+
+    @classmethod
+    def of(cls, package: Path | None, *, dataset: Dataset, lora: bool) -> "Origin":
+        """Raises Refused where the package and the dataset do not speak of the same tokens."""
+        if package is None:
+            if lora:
+                fix = "Name the package to tune: base=DIR."
+                raise Refused("adapters of a model with random weights learn nothing", where="lora", fix=fix)
+            return cls(None, {})
+        settings = read_settings(package)
+        if settings["vocab_size"] != dataset.vocab_size or not _same_file(package, dataset.directory, "tokenizer.json"):
+            fix = f"Make the dataset with its tokenizer: python -m trainer.data … base={package}."
+            raise Refused("the package and the dataset have different tokenizers", where=str(package), fix=fix)
+        return cls(package, {"base_digest": package_digest(package)})
+
+
+def _same_file(one: Path, other: Path, name: str) -> bool:
+    ours, theirs = (Tokenizer.from_file(str(path / name)).to_str() for path in (one, other))
+    return ours == theirs
+
+
+def package_digest(directory: Path) -> str:
+    """Of the shape and the weights."""
+    names = ["config.json", *weight_files(directory)]
+    return digest_of({name: sha256_of_file(directory / name) for name in names})
+
+
+def weight_files(directory: Path) -> list[str]:
+    index = read_json(directory / "model.safetensors.index.json")
+    names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+    for name in names:
+        if not (directory / name).is_file():
+            fix = "Export or download it again."
+            raise Refused(f"the model package cannot be read: {name} is absent", where=str(directory), fix=fix)
+    return names
+
+
+def load_package(directory: Path) -> Decoder:
+    """The model of a package, in float32. Raises Refused for a directory that is no whole package."""
+    settings = read_settings(directory)
+    try:
+        classes = len(settings.get("id2label") or {}) if _classifies(settings) else None
+        config = ModelConfig.model_validate(shape_of(settings, where=str(directory)))
+        model = Decoder(config, vocab_size=settings["vocab_size"], labels=classes)
+        fill(_named([model]), directory)
+    except Refused:
+        raise
+    except Exception as error:  # whatever a cut or foreign file makes of itself
+        reason = str(error).splitlines()[0]
+        fix = "Export it again: remove it and run the trainer."
+        raise Refused(f"the model package cannot be read: {reason}", where=str(directory), fix=fix) from None
+    return model.eval()
+
+
+def _classifies(settings: dict[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
+
+
+def begin_from(parts: Sequence[nn.Module], package: Path, *, plain_name: Callable[[str], str]) -> None:
+    """Fills what this rank holds of a model with the weights of a package; adapters and a new head stay as they are."""
+    fill({plain_name(name): parameter for name, parameter in _named(parts).items()}, package, new=("lora_", "score."))
+
+
+def _named(parts: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+@torch.no_grad()
+def fill(parameters: dict[str, nn.Parameter], directory: Path, *, new: tuple[str, ...] = ()) -> None:
+    """Reads each tensor when it is its turn: beside the parameters, only one lies in memory."""
+    missing = {name for name in parameters if not any(word in name for word in new)}
+    for file in weight_files(directory):
+        try:
+            with safe_open(directory / file, framework="pt") as tensors:
+                for name in set(tensors.keys()) & parameters.keys():
+                    _copy(parameters[name], tensors.get_tensor(name), name, directory)
+                    missing.discard(name)
+        except SafetensorError as error:
+            fix = "Export or download it again."
+            raise Refused(f"the model package cannot be read: {error}", where=str(directory / file), fix=fix) from None
+    if missing:
+        fix = "Export it again: remove it and run the trainer."
+        raise Refused(f"the model package has no {min(missing)}", where=str(directory), fix=fix)
+
+
+def _copy(parameter: nn.Parameter, value: Tensor, name: str, directory: Path) -> None:
+    if parameter.shape != value.shape:
+        shapes = f"{list(value.shape)}, not {list(parameter.shape)}"
+        raise Refused(f"{name} of the package has shape {shapes}", where=str(directory), fix=FIX)
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device, parameter.dtype)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
