@@ -138,7 +138,7 @@ def test_a_layout_reaches_the_trainer_and_makes_no_new_run(
     assert name == prod.one("Job", "train")["metadata"]["name"]
     config = yaml.safe_load(other.one("ConfigMap", name)["data"]["train.yaml"])
     # The trainer's own reader takes it: the two packages share nothing but this file.
-    read = TrainConfig.model_validate(config | {"data": "/data", "run": "/runs"}).parallelism
+    read = TrainConfig.model_validate(config).parallelism
     assert read.model_dump(include=set(ranks)) == ranks
 
 
