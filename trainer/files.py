@@ -29,14 +29,16 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_files(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"sha256", "bytes"}}` of every file under a directory, sorted by path."""
+def describe_files(
+    directory: Path, *, leave_out: tuple[str, ...] = (), prefix: str = ""
+) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"sha256", "bytes"}}` of every file under a directory whose path has the prefix, sorted by path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [(path.relative_to(directory).as_posix(), path) for path in files]
     return {
         name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
         for name, path in names
-        if name not in leave_out
+        if name not in leave_out and name.startswith(prefix)
     }
 
 

@@ -1,6 +1,5 @@
 """Cross-entropy that never holds all of its logits when they would be large."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -1,0 +1,111 @@
+"""Many layouts in one group of processes: starting processes takes longer than all of their steps.
+
+`python layouts_of_trainer.py WORLD OUT LAYOUTS.json` trains a few steps in each layout on WORLD gloo ranks and writes
+the losses and norms that rank 0 saw, or the error that it met.
+"""
+
+import json
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from trainer.config import TrainConfig
+from trainer.data import Cursor, TokenStream
+from trainer.errors import StopSignal
+from trainer.layout import layout_of
+from trainer.optim import learning_rate, make_optimizer
+from trainer.parallel import Ranks, lay_out
+from trainer.parallel.ranks import place
+from trainer.train import make_deterministic, train_step
+
+VOCAB, STEPS = 64, 5
+BASE: dict[str, Any] = {
+    "model": {
+        "layers": 4,
+        "hidden": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn": 64,
+        "max_context": 64,
+        "tied_embeddings": False,
+    },
+    "seq": 32,
+    "global_batch": 16,
+    "micro_batch": 2,
+    "steps": STEPS,
+    "optim": {"lr": 2e-2},
+    "dtype": "float32",
+}
+
+
+def config_of(more: dict[str, Any]) -> TrainConfig:
+    model = {**BASE["model"], **more.get("model", {})}
+    return TrainConfig.model_validate({**BASE, **more, "model": model})
+
+
+def cursor_of(directory: Path, config: TrainConfig) -> Cursor:
+    """Over text that can be learnt: every token follows from the one before, most of the time."""
+    path = directory / "train-00000.bin"
+    if not path.exists():
+        draws = np.random.default_rng(0)
+        follows = draws.permutation(VOCAB)
+        tokens = [0]
+        for surprise in draws.random(20_000):
+            tokens.append(int(follows[tokens[-1]]) if surprise > 0.2 else int(draws.integers(VOCAB)))
+        np.array(tokens).astype("<u2").tofile(path)
+    stream = TokenStream([path], dtype=np.dtype("<u2"))
+    return Cursor.over(stream, seq=config.seq, global_batch=config.global_batch, seed=3)
+
+
+def curve(config: TrainConfig, ranks: Ranks, directory: Path) -> list[tuple[float, float]]:
+    """(loss, norm of the gradients) of each step."""
+    low = config.dtype == "bfloat16"
+    laid = lay_out(config, vocab_size=VOCAB, ranks=ranks, low_precision=low)
+    optimizer = make_optimizer(laid.module, config.optim)
+    cursor, stop, found = cursor_of(directory, config), StopSignal(), []
+    for step in range(STEPS):
+        lr = learning_rate(step, steps=config.steps, config=config.optim)
+        loss, norm, _ = train_step(
+            step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
+        )
+        found.append((loss, norm))
+    return found
+
+
+def run_rank(rank: int, world: int, out: str, layouts: dict[str, dict[str, Any]]) -> None:
+    directory = Path(out)
+    torch.set_num_threads(1)
+    make_deterministic(0)
+    store = dist.FileStore(str(directory / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    found: dict[str, Any] = {}
+    for name, more in layouts.items():
+        config = config_of(more)
+        try:
+            ranks = place(
+                layout_of(config, world=world), rank=rank, device=torch.device("cpu"), independent_replicas=False
+            )
+            found[name] = curve(config, ranks, directory)
+        except Exception:
+            found[name] = f"rank {rank}: {traceback.format_exc()}"
+            if rank == 0:
+                (directory / "found.json").write_text(json.dumps(found))
+            raise
+    if rank == 0:
+        (directory / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    world, out, layouts = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    Path(out).mkdir(parents=True, exist_ok=True)
+    cursor_of(Path(out), config_of({}))
+    torch.multiprocessing.spawn(run_rank, (world, out, layouts), nprocs=world)  # pyright: ignore[reportPrivateImportUsage]
