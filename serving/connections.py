@@ -15,6 +15,7 @@ from serving.api.errors import ApiError
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 HEAD_LIMIT_BYTES = 64 << 10
+LINGER_S = 1.0  # after a refusal: closing at once, with bytes unread, would take the answer away from the client
 
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's bad bytes are no news of ours
 
@@ -27,8 +28,11 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_timer is None:
@@ -61,16 +65,21 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(408, f"The headers did not come within {HEAD_TIMEOUT_S:g} seconds"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers and hangs up, unless an answer to an earlier request on this connection is on its way."""
+        """Answers and hangs up; while an answer to an earlier request is on its way, hangs up only."""
         self._stop_timer()
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        self._refused = True
+        if self.cycle is None or self.cycle.response_complete:
             response = error.response()
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
             lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([head, *lines, b"connection: close\r\n\r\n", bytes(response.body)]))
-        self.transport.close()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

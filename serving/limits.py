@@ -11,6 +11,7 @@ from collections.abc import Callable
 from serving.auth import Key
 
 MINUTE_S = 60.0
+ROUNDING = 1e-6  # so that who waits as long as told is not told to wait again for the last bit of a float
 
 
 class Bucket:
@@ -30,7 +31,7 @@ class Bucket:
     def wait_s(self, amount: int) -> float:
         """How long until `amount` could be taken; of more than the bucket ever holds, until it is full."""
         missing = min(amount, self.capacity) - self.level
-        return max(0.0, missing * MINUTE_S / self.capacity)
+        return missing * MINUTE_S / self.capacity if missing > ROUNDING else 0.0
 
     def take(self, amount: int) -> None:
         self._level = self.level - amount

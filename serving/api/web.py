@@ -127,10 +127,10 @@ def _add_history(app: FastAPI, context: Context) -> None:
     async def keep(request: Request) -> Response:
         """Stores a conversation. A browser without a session gets one, so that the next visit finds it."""
         _same_origin(request)
+        owner = await _owner(context, request)
         name = _conversation_id(request)
         body = parse(Conversation, await read_body(request, limit_bytes=CONVERSATION_LIMIT_BYTES, timeout_s=10))
         response = Response(status_code=204)
-        owner = await _owner(context, request)
         if owner is None:
             token = await context.sessions.open("")
             _set_cookie(request, response, token)
