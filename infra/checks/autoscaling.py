@@ -71,7 +71,7 @@ def traffic_is_served(stack: Stack, plan: Plan) -> Iterator[Finding]:
     then fire from the first day."""
     goals = stack.monitoring.objectives
     for spec, service in zip(stack.services, plan.services, strict=True):
-        if service.ttft_p95_s is None or service.tpot_p95_s is None:
+        if spec.traffic is None or service.ttft_p95_s is None:
             continue
         key = f"services.{service.name}.{'autoscaling.max_replicas' if spec.autoscaling else 'replicas'}"
         slow = _slower(service, ttft_p95_s=spec.slo.ttft_p95_s, tpot_p95_s=spec.slo.tpot_p95_s)
@@ -80,7 +80,7 @@ def traffic_is_served(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 code="SLW404",
                 severity="warn",
                 where=key,
-                message=f"{service.replicas[1]} replicas under {spec.traffic.rps if spec.traffic else 0:g} requests a second: {slow}",
+                message=f"{service.replicas[1]} replicas under {spec.traffic.rps:g} requests a second: {slow}",
                 fix="more replicas (`replicas: auto` finds how many), a faster instance, or another slo",
             )
         alarmed = _slower(service, ttft_p95_s=goals.ttft_p95_s, tpot_p95_s=goals.tpot_p95_s)
@@ -100,9 +100,9 @@ def _slower(service: ServicePlan, *, ttft_p95_s: float, tpot_p95_s: float | None
     assert service.tpot_p95_s is not None
     if not service.keeps_up:
         return "the queue grows without end"
-    said = [f"first token in {service.ttft_p95_s:.2g} s (p95), and {ttft_p95_s:g} is asked"] * (
-        service.ttft_p95_s > ttft_p95_s
-    )
+    said: list[str] = []
+    if service.ttft_p95_s > ttft_p95_s:
+        said.append(f"first token in {service.ttft_p95_s:.2g} s (p95), and {ttft_p95_s:g} is asked")
     if tpot_p95_s is not None and service.tpot_p95_s > tpot_p95_s:
         said.append(f"{service.tpot_p95_s:.2g} s a token (p95), and {tpot_p95_s:g} is asked")
     return "; ".join(said)
