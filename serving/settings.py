@@ -23,6 +23,7 @@ class Settings:
     max_num_seqs: int = 64
     max_queued_tokens: int = 65_536
     kv_bytes: int | None = None  # what max_num_seqs whole sequences need, or a share of memory, when not given
+    kv_spill: str | None = None  # where blocks go that memory gives up: bytes, or redis://…; nowhere when not given
     dtype: str = "auto"
     quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
     speculate_tokens: int = 0  # guessed from the text so far and checked in one step; 0: none
@@ -50,6 +51,10 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"'{text}' is no size in bytes, such as 1073741824 or 1GiB")
     return _positive(int(float(match[1]) * UNITS_BYTES[match[2] or ""]), text)
+
+
+def _spill(text: str) -> str:
+    return text if text.startswith(("redis://", "rediss://", "unix://")) else str(parse_bytes(text))
 
 
 def _positive(value: int, text: str) -> int:
@@ -87,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-num-seqs", type=_count, metavar="N", default=Settings.max_num_seqs, help="run together")
     p.add_argument("--max-queued-tokens", type=_count, metavar="TOKENS", default=Settings.max_queued_tokens)
     p.add_argument("--kv-bytes", type=parse_bytes, metavar="BYTES", help="memory for keys and values: 2GiB, 1073741824")
+    p.add_argument(
+        "--kv-spill", type=_spill, metavar="BYTES|URL", help="keep prefixes that leave that memory: 4GiB, redis://host"
+    )
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default=Settings.dtype)
     p.add_argument("--quantize", choices=("none", "int8", "int4"), default=Settings.quantize, help="weights, at load")
     p.add_argument(

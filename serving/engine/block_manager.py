@@ -9,13 +9,18 @@ A shared block is freed when its last owner lets go; it keeps its content, and c
 import hashlib
 from array import array
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from serving.engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from serving.engine.spill import Spill
+
 
 class BlockManager:
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, *, num_blocks: int, block_size: int, spill: "Spill | None" = None) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.spill = spill
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -50,8 +55,28 @@ class BlockManager:
             self._references[block] += 1
             self._free.pop(block, None)
             seq.block_table.append(block)
+        self._fetch(seq, shareable)
         seq.num_published = len(seq.block_table)
         seq.num_computed = seq.num_published * self.block_size
+
+    def _fetch(self, seq: Sequence, shareable: int) -> None:
+        """Goes on with the prefix where memory ends: from the store of blocks given up, or filled by others."""
+        keys = seq.block_hashes[len(seq.block_table) : shareable]
+        if self.spill is None or not keys or not self._free:
+            return
+        for key, content in zip(keys, self.spill.find(keys[: len(self._free)]), strict=False):
+            block = self._take()
+            self.spill.load(content, block)
+            if key not in self._block_of:  # one after a gap may be here still
+                self._hash_of[block], self._block_of[key] = key, block
+            seq.block_table.append(block)
+
+    def _take(self) -> int:
+        """The block that was used least of late, now owned once."""
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._references[block] = 1
+        return block
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the sequence's first `num_tokens` tokens. False, and nothing changed, when memory is short."""
@@ -59,10 +84,7 @@ class BlockManager:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
-            self._references[block] = 1
-            seq.block_table.append(block)
+            seq.block_table.append(self._take())
         return True
 
     def publish(self, seq: Sequence) -> None:
@@ -76,6 +98,8 @@ class BlockManager:
             if key not in self._block_of:  # else a twin was computed at the same time: the first is the one to find
                 self._hash_of[block] = key
                 self._block_of[key] = block
+                if self.spill is not None and self.spill.store.shared:
+                    self.spill.save(key, block)
         seq.num_published = full
 
     def release(self, seq: Sequence) -> None:
@@ -92,6 +116,8 @@ class BlockManager:
     def _forget(self, block: int) -> None:
         key = self._hash_of[block]
         if key is not None:
+            if self.spill is not None and not self.spill.store.shared:
+                self.spill.save(key, block)
             del self._block_of[key]
             self._hash_of[block] = None
 

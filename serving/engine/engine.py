@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from serving.cache import open_store
 from serving.engine.attention import KVPool, Pool
 from serving.engine.attention_cpu import CpuPool
 from serving.engine.block_manager import BlockManager
@@ -15,6 +16,7 @@ from serving.engine.messages import Counters, Output, SamplingParams
 from serving.engine.model_runner import ModelRunner, Sampled
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.spill import Spill, namespace
 from serving.engine.structure import Structures
 from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
@@ -65,8 +67,13 @@ class Engine:
         max_model_len = _max_model_len(settings, config, where=str(root))
         num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
         pool = _pool(config, compiled, num_blocks=num_blocks, dtype=dtype, device=device)
+        spill = None
+        if settings.kv_spill is not None:
+            layout = f"{type(pool).__name__} {dtype} {weights} {BLOCK_SIZE}"
+            space = namespace(root, layout=layout)
+            spill = Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
         scheduler = Scheduler(
-            BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE),
+            BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
             max_num_seqs=settings.max_num_seqs,
             max_step_tokens=max(STEP_TOKENS[device.type], settings.max_num_seqs),
             speculate_tokens=settings.speculate_tokens,
