@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -227,15 +227,43 @@ class SampleConfig(Config):
 Baseline = Literal["unigram", "trigram", "kneser_ney_5"]
 
 
+class MultipleChoiceTask(Config):
+    """Lines of `{"question", "choices", "answer"}`; the answer is the number of a choice."""
+
+    kind: Literal["multiple_choice"]
+    name: str
+    path: str
+    max_rows: int = Field(default=1000, ge=1)
+
+
+class ExactMatchTask(Config):
+    """Lines of `{"question", "answer"}`; the first line that the model writes has to be the answer."""
+
+    kind: Literal["exact_match"]
+    name: str
+    path: str
+    max_rows: int = Field(default=1000, ge=1)
+    max_tokens: int = Field(default=32, ge=1)
+
+
 class EvaluateConfig(Config):
     max_tokens: int = Field(default=100_000, ge=2)  # of the held-out text
     baselines: tuple[Baseline, ...] = ("unigram", "trigram", "kneser_ney_5")
     sample: SampleConfig = SampleConfig()
+    tasks: tuple[Annotated[MultipleChoiceTask | ExactMatchTask, Field(discriminator="kind")], ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> "EvaluateConfig":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names) or "classification" in names:
+            raise ValueError(f"the names of tasks have to be distinct and not 'classification': {', '.join(names)}")
+        return self
 
 
 class GateConfig(Config):
     must_beat: Baseline | None = "trigram"
     max_bits_per_byte: float | None = Field(default=None, gt=0)
+    min_accuracy: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}  # of tasks by name, or of `classification`
 
 
 class PublishConfig(Config):

@@ -10,61 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from trainer.command import read_command
-from trainer.config import EvaluateConfig, SampleConfig
-from trainer.data import END_OF_TEXT, Dataset, bytes_of_tokens
+from trainer.config import EvaluateConfig
+from trainer.data import Dataset, bytes_of_tokens
 from trainer.errors import Refused, run_program
 from trainer.files import digest_of, read_json, sha256_of_file, write_json, write_whole
+from trainer.intervals import ratio_of_sums
 from trainer.log import Log
 from trainer.model import Decoder
 from trainer.ngram import baselines
 from trainer.package import load_package
-
-_BATCH_TOKENS = 8192
-
-
-@torch.inference_mode()
-def token_nats(model: Decoder, tokens: np.ndarray, *, log: Log | None = None) -> np.ndarray:
-    """-ln p of tokens 1 … n-1, each given what came before it; from tokens (n,) to nats (n - 1,).
-
-    Windows of the whole context overlap by half, and a token counts where it has the more context: never less than half
-    of the window, except at the very beginning.
-    """
-    window = min(model.config.max_context, len(tokens) - 1)
-    stride = max(window // 2, 1)
-    starts = [*range(0, len(tokens) - 1 - window, stride), len(tokens) - 1 - window]
-    nats = np.empty(len(tokens) - 1)
-    batch, scored = max(_BATCH_TOKENS // window, 1), 0
-    for at in range(0, len(starts), batch):
-        some = starts[at : at + batch]
-        x_BL = torch.from_numpy(np.stack([tokens[start : start + window + 1] for start in some]))
-        logits_BLV = model(x_BL[:, :-1])
-        found_BL = F.cross_entropy(logits_BLV.transpose(1, 2).float(), x_BL[:, 1:], reduction="none").numpy()
-        for start, found_L in zip(some, found_BL, strict=True):
-            nats[scored : start + window] = found_L[scored - start :]
-            scored = start + window
-        if log is not None:
-            log.progress("evaluate", done=scored, total=2 * len(nats), unit="tokens")
-    return nats
-
-
-@torch.inference_mode()
-def complete(model: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> str:
-    """The likeliest completion of the prompt, with the prompt; it ends at the end of text or after `max_tokens`."""
-    ids = tokenizer.encode(config.prompt).ids
-    if not ids:
-        return ""
-    for _ in range(config.max_tokens):
-        context = torch.tensor([ids[-model.config.max_context :]])
-        ids.append(int(model(context)[0, -1].argmax()))
-        if tokenizer.id_to_token(ids[-1]) == END_OF_TEXT:
-            ids.pop()
-            break
-    return tokenizer.decode(ids)
+from trainer.scoring import complete, token_nats
+from trainer.shapes import weights_digest
+from trainer.tasks import answers, classification, digest_of_tasks, measure, read_rows
 
 
 def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log: Log) -> None:
@@ -72,7 +31,9 @@ def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log:
     begun_s = time.monotonic()
     dataset = Dataset.open(data)
     decoder = load_package(model)
-    inputs = {"config": config.digest(), "data": dataset.digest, "model": sha256_of_file(model / "model.safetensors")}
+    inputs = {"config": config.digest(), "data": dataset.digest, "model": weights_digest(model)}
+    if config.tasks:
+        inputs["questions"] = digest_of_tasks(config.tasks)
     report = read_json(out / "evaluation.json")
     skipped = (
         report is not None and report.get("inputs_digest") == digest_of(inputs) and (out / "evaluation.md").exists()
@@ -83,7 +44,7 @@ def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log:
         report |= _measure(config, decoder, dataset, log=log)
         write_whole(out / "evaluation.md", as_markdown(report))
         write_json(out / "evaluation.json", report)
-    fields = ("bits_per_byte", "baselines", "loss", "tokens", "sample")
+    fields = ("bits_per_byte", "baselines", "loss", "tokens", "sample", "accuracy", "intervals")
     log.emit("evaluation", **{name: report[name] for name in fields})
     log.emit("artifact", kind="report", path=str(out / "evaluation.md"))
     log.emit("done", stage="evaluate", seconds=round(time.monotonic() - begun_s, 2), skipped=skipped)
@@ -97,44 +58,113 @@ def _same_tokenizer(model: Path, data: Path) -> None:
 
 
 def _measure(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, *, log: Log) -> dict[str, Any]:
+    """By the dataset's task, then the tasks of the config; `baselines` and `accuracy` are always there."""
+    progress = _Progress(log, config, dataset)
+    measures = {"text": _measure_text, "chat": _measure_chats, "classify": _measure_classes}
+    report = {"task": dataset.task, "baselines": {}, "accuracy": {}, "intervals": {}, "sample": ""}
+    report |= measures[dataset.task](config, decoder, dataset, progress)
+    if config.tasks and dataset.task == "classify":
+        fix = "Remove tasks from evaluate.yaml."
+        raise Refused("a classifier writes no answers", where="tasks", fix=fix)
+    for task in config.tasks:
+        report["accuracy"][task.name] = measure(task, decoder, dataset.tokenizer(), progress.tell)
+    if dataset.task != "classify":
+        report["sample"] = complete(decoder, dataset.tokenizer(), config.sample)
+    progress.end()
+    return report
+
+
+class _Progress:
+    """A bar over things that are not alike: tokens of text, and then questions, chats or texts."""
+
+    def __init__(self, log: Log, config: EvaluateConfig, dataset: Dataset) -> None:
+        self.log, self._done = log, 0
+        questions = sum(len(read_rows(task)) for task in config.tasks)
+        self._total = questions + (len(dataset.examples("heldout")) if dataset.task != "text" else 0)
+
+    def tell(self) -> None:
+        self._done += 1
+        self.log.progress("evaluate", done=min(self._done, self._total - 1), total=self._total, unit="questions")
+
+    def end(self) -> None:
+        if self._total:
+            self.log.progress("evaluate", done=self._total, total=self._total, unit="questions")
+
+
+def _measure_text(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, progress: _Progress) -> dict[str, Any]:
     held_out, train = dataset.tokens("heldout"), dataset.tokens("train")
     tokens = held_out.read(0, min(config.max_tokens + 1, len(held_out)))
     if len(tokens) < 2:
         fix = "Give the corpus more text or raise held_out in data.yaml."
         raise Refused(f"the held-out text has {len(tokens)} tokens", where=str(dataset.directory), fix=fix)
-    text_bytes = int(bytes_of_tokens(dataset.tokenizer())[tokens[1:]].sum())
-    nats = token_nats(decoder, tokens, log=log)
+    bytes_of = bytes_of_tokens(dataset.tokenizer())[tokens[1:]]
+    text_bytes = int(bytes_of.sum())
+    nats = token_nats(decoder, tokens, log=progress.log)
     scores: dict[str, float] = {}
     counted = train.read(0, len(train))
     for name, probability in baselines(counted, vocab_size=dataset.vocab_size, names=config.baselines):
         scores[name] = float(-np.log2(probability(tokens)[1:]).sum() / text_bytes)
         share = len(nats) + len(nats) * len(scores) // (len(config.baselines) + 1)
-        log.progress("evaluate", done=share, total=2 * len(nats), unit="tokens")
-    sample = complete(decoder, dataset.tokenizer(), config.sample)
-    log.progress("evaluate", done=2 * len(nats), total=2 * len(nats), unit="tokens")
+        progress.log.progress("evaluate", done=share, total=2 * len(nats), unit="tokens")
+    progress.log.progress("evaluate", done=2 * len(nats), total=2 * len(nats), unit="tokens")
     return {
         "bits_per_byte": float(nats.sum() / math.log(2) / text_bytes),
         "baselines": scores,
+        "intervals": {"bits_per_byte": ratio_of_sums(nats / math.log(2), bytes_of)},
         "loss": float(nats.mean()),
         "tokens": len(nats),
         "bytes": text_bytes,
-        "sample": sample,
     }
 
 
+def _measure_chats(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, progress: _Progress) -> dict[str, Any]:
+    """Bits for each byte of what the assistant says, its bytes as the dataset has them on average for a token."""
+    nats, counts = answers(decoder, dataset, most=config.max_tokens, tell=progress.tell)
+    held_out = dataset.manifest["splits"]["heldout"]
+    bytes_a_token = held_out["bytes"] / held_out["learnt"]
+    bits, of = nats / math.log(2), counts * bytes_a_token
+    return {
+        "bits_per_byte": float(bits.sum() / of.sum()),
+        "intervals": {"bits_per_byte": ratio_of_sums(bits, of)},
+        "loss": float(nats.sum() / counts.sum()),
+        "tokens": int(counts.sum()),
+        "bytes": int(of.sum()),
+    }
+
+
+def _measure_classes(
+    _config: EvaluateConfig, decoder: Decoder, dataset: Dataset, progress: _Progress
+) -> dict[str, Any]:
+    right, loss = classification(decoder, dataset, progress.tell)
+    return {"bits_per_byte": None, "accuracy": {"classification": right}, "loss": loss, "tokens": right["count"]}
+
+
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report for people: the model among its baselines, best first, and what it writes."""
-    rows = [("**the model**", report["bits_per_byte"]), *report["baselines"].items()]
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(rows, key=lambda row: row[1]))
-    fence = "`" * 4
-    return (
-        "# Evaluation\n\n"
-        f"Bits per byte on {report['tokens']:,} held-out tokens ({report['bytes']:,} bytes of text); less is better. "
-        "Every row saw the same training text through the same tokenizer.\n\n"
-        f"| | bits per byte |\n| --- | ---: |\n{table}\n\n"
-        f"Cross-entropy of the model: {report['loss']:.4f} nats a token.\n\n"
-        f"## Sample\n\nThe prompt and its likeliest completion:\n\n{fence}\n{report['sample']}\n{fence}\n"
-    )
+    """The report for people: the model among its baselines, best first, what it gets right, and what it writes."""
+    parts = ["# Evaluation\n"]
+    if report["bits_per_byte"] is not None:
+        low, high = report["intervals"]["bits_per_byte"]
+        rows = [("**the model**", report["bits_per_byte"]), *report["baselines"].items()]
+        table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(rows, key=lambda row: row[1]))
+        what = "held-out tokens" if report["task"] == "text" else "held-out tokens of answers"
+        parts.append(
+            f"Bits per byte on {report['tokens']:,} {what} ({report['bytes']:,} bytes of text); less is better. "
+            "Every row saw the same training text through the same tokenizer. The model's 95 % interval is "
+            f"{low:.3f} to {high:.3f}.\n\n| | bits per byte |\n| --- | ---: |\n{table}\n"
+        )
+    if report["accuracy"]:
+        rows = [
+            f"| {name} | {found['value']:.1%} | {found['low']:.1%} to {found['high']:.1%} | {found['count']:,} |"
+            for name, found in report["accuracy"].items()
+        ]
+        head = "| | accuracy | 95 % interval | questions |\n| --- | ---: | ---: | ---: |\n"
+        parts.append(head + "\n".join(rows) + "\n")
+    unit = "text" if report["task"] == "classify" else "token"
+    parts.append(f"Cross-entropy of the model: {report['loss']:.4f} nats a {unit}.\n")
+    if report["sample"]:
+        fence = "`" * 4
+        parts.append(f"## Sample\n\nThe prompt and its likeliest completion:\n\n{fence}\n{report['sample']}\n{fence}\n")
+    return "\n".join(parts)
 
 
 def main(arguments: list[str]) -> None:

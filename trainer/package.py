@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import Refused
-from trainer.files import digest_of, read_json, sha256_of_file
+from trainer.files import digest_of, sha256_of_file
 from trainer.lora import add_lora
 from trainer.model import Decoder
-from trainer.shapes import FIX, read_settings, shape_of
+from trainer.shapes import FIX, read_settings, shape_of, weight_files
 
 
 def make_decoder(config: TrainConfig, *, vocab_size: int, labels: int | None) -> Decoder:
@@ -60,16 +60,6 @@ def package_digest(directory: Path) -> str:
     """Of the shape and the weights."""
     names = ["config.json", *weight_files(directory)]
     return digest_of({name: sha256_of_file(directory / name) for name in names})
-
-
-def weight_files(directory: Path) -> list[str]:
-    index = read_json(directory / "model.safetensors.index.json")
-    names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
-    for name in names:
-        if not (directory / name).is_file():
-            fix = "Export or download it again."
-            raise Refused(f"the model package cannot be read: {name} is absent", where=str(directory), fix=fix)
-    return names
 
 
 def load_package(directory: Path) -> Decoder:

@@ -10,26 +10,45 @@ from typing import Any
 from trainer.command import read_command
 from trainer.config import GateConfig, PublishConfig
 from trainer.errors import Refused, run_program
-from trainer.files import read_json, sha256_of_file
+from trainer.files import read_json
 from trainer.log import Log
 from trainer.registry import Registry, check_name
+from trainer.shapes import weights_digest
 
 _PLACES = ("model", "report", "registry", "name", "channel")
-_PACKAGE = ("config.json", "model.safetensors", "tokenizer.json", "slipway.json")
+_PACKAGE = ("config.json", "tokenizer.json", "slipway.json")
 
 
 def judge(gate: GateConfig, report: dict[str, Any]) -> tuple[bool, str]:
     """Whether the measured model may pass, and why, in one sentence. NaN passes nothing."""
-    measured = report["bits_per_byte"]
+    measured, passed = report["bits_per_byte"], []
+    if measured is None and (gate.must_beat or gate.max_bits_per_byte):
+        return False, "a classifier has no bits per byte: set must_beat to null and give min_accuracy"
+    if measured is not None:
+        opens, why = _judge_bits(gate, measured, report["baselines"])
+        if not opens:
+            return False, why
+        passed.append(why)
+    for name, least in gate.min_accuracy.items():
+        found = report.get("accuracy", {}).get(name)
+        if found is None:
+            return False, f"the report has no accuracy of {name}: add it to tasks in evaluate.yaml"
+        if not found["value"] >= least:
+            return False, f"{found['value']:.1%} of {name} right is below the {least:.1%} wanted"
+        passed.append(f"{found['value']:.1%} of {name} right ({found['low']:.1%} to {found['high']:.1%})")
+    return True, "; ".join(passed) or "nothing is asked of it"
+
+
+def _judge_bits(gate: GateConfig, measured: float, baselines: dict[str, float]) -> tuple[bool, str]:
     if gate.must_beat is not None:
-        baseline = report["baselines"].get(gate.must_beat)
+        baseline = baselines.get(gate.must_beat)
         if baseline is None:
             return False, f"the report has no {gate.must_beat} to beat: add it to baselines in evaluate.yaml"
         if not measured < baseline:
             return False, f"{measured:.3f} bits per byte is not below the {gate.must_beat}'s {baseline:.3f}"
     if gate.max_bits_per_byte is not None and not measured <= gate.max_bits_per_byte:
         return False, f"{measured:.3f} bits per byte is above the {gate.max_bits_per_byte:.3f} allowed"
-    beaten = f", below the {gate.must_beat}'s {report['baselines'][gate.must_beat]:.3f}" if gate.must_beat else ""
+    beaten = f", below the {gate.must_beat}'s {baselines[gate.must_beat]:.3f}" if gate.must_beat else ""
     return True, f"{measured:.3f} bits per byte{beaten}"
 
 
@@ -74,7 +93,7 @@ def _check_package(model: Path, report: dict[str, Any], report_path: Path) -> No
         if not (model / file).is_file():
             fix = "Name the model/ of a finished run."
             raise Refused(f"the model package is not whole: {file} is absent", where=str(model), fix=fix)
-    if report.get("model_digest") != sha256_of_file(model / "model.safetensors"):
+    if report.get("model_digest") != weights_digest(model):
         fix = "Evaluate this model first."
         raise Refused("the report is about another model", where=str(report_path), fix=fix)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.config import Family
 from trainer.errors import Refused
-from trainer.files import read_json
+from trainer.files import digest_of, read_json, sha256_of_file
 
 FAMILIES: tuple[str, ...] = typing.get_args(Family)
 FIX = "Name a package that Transformers opens as Llama, Mistral, Qwen2 or Qwen3."
@@ -58,3 +58,19 @@ def shape_of(settings: dict[str, Any], *, where: str) -> dict[str, Any]:
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     names = ("factor", "low_freq_factor", "high_freq_factor")
     return {**{name: rope[name] for name in names}, "original_context": rope["original_max_position_embeddings"]}
+
+
+def weight_files(directory: Path) -> list[str]:
+    index = read_json(directory / "model.safetensors.index.json")
+    names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+    for name in names:
+        if not (directory / name).is_file():
+            fix = "Export or download it again."
+            raise Refused(f"the model package cannot be read: {name} is absent", where=str(directory), fix=fix)
+    return names
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 of the weights; of several files the digest of theirs."""
+    digests = {name: sha256_of_file(directory / name) for name in weight_files(directory)}
+    return digests["model.safetensors"] if list(digests) == ["model.safetensors"] else digest_of(digests)
