@@ -161,7 +161,8 @@ class Checkpoints:
                 state_dict_loader.load(
                     state, storage_reader=FileSystemReader(self.path(step)), no_dist=self._ranks.world == 1
                 )
-                torch.set_rng_state(state["random"])
+                own = state[f"replica-{self._ranks.replica}"] if self._ranks.independent_replicas else state
+                torch.set_rng_state(own["random"])
                 return Progress.from_json(manifest["progress"])
             self._log.emit(
                 "damaged_checkpoint",

@@ -29,9 +29,7 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_files(
-    directory: Path, *, leave_out: tuple[str, ...] = (), prefix: str = ""
-) -> dict[str, dict[str, Any]]:
+def describe_files(directory: Path, *, leave_out: tuple[str, ...] = (), prefix: str = "") -> dict[str, dict[str, Any]]:
     """`{relative path: {"sha256", "bytes"}}` of every file under a directory whose path has the prefix, sorted by path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [(path.relative_to(directory).as_posix(), path) for path in files]

@@ -27,8 +27,8 @@ def training_state(
             plain = plain_name(name)
             weights[plain] = parameter.detach()
             moments |= {f"{plain}/{kind}": value for kind, value in optimizer.state.get(parameter, {}).items()}
-    own = {"model": weights, "moments": moments, **more}
-    return {f"replica-{ranks.replica}": own} if ranks.independent_replicas else own | {"random": torch.get_rng_state()}
+    own = {"model": weights, "moments": moments, "random": torch.get_rng_state(), **more}
+    return {f"replica-{ranks.replica}": own} if ranks.independent_replicas else own
 
 
 def _prepare_moments(optimizer: torch.optim.Optimizer) -> None:

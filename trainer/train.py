@@ -4,13 +4,11 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
@@ -20,26 +18,23 @@ from trainer.export import Read, export_package
 from trainer.files import digest_of, read_json
 from trainer.history import History
 from trainer.layout import Layout, fit_dataset, layout_of
+from trainer.local_sgd import LocalSgd
 from trainer.log import Log
-from trainer.loss import IGNORED
-from trainer.metrics import TrainMetrics
 from trainer.model import Decoder
 from trainer.optim import learning_rate, make_optimizer
 from trainer.package import Origin, begin_from, make_decoder
-from trainer.parallel import Laid, Ranks, accumulate, gradient_norm, join_ranks, lay_out, scale_gradients
+from trainer.parallel import Laid, Ranks, join_ranks, lay_out
 from trainer.parallel.memory import plain_name
-from trainer.parallel.pipeline import Pipeline
-from trainer.progress import Batches, Progress, Remaining
+from trainer.probe import Probe
+from trainer.progress import Progress, Remaining
 from trainer.provenance import hardware, source_revision
+from trainer.reports import Reports
 from trainer.state import load_weights
+from trainer.step import BadStep, computes_in_bfloat16, make_deterministic, train_step
 from trainer.watchdog import Watchdog, earlier_hangs
 
 OnStep = Callable[[int, Ranks], None]
 """Called on every rank before each step with the number of steps done: where faults are rehearsed."""
-
-
-class BadStep(Failed):
-    """A loss or gradients that no step is to be made with; the weights are as they were."""
 
 
 def train(
@@ -86,7 +81,8 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
     patience_s = 2 * config.recover.hang_timeout_s
     ranks = join_ranks(layout, independent_replicas=config.local_sgd is not None, timeout_s=patience_s)
     try:
-        _train(config, dataset, run, ranks=ranks, **more)
+        with Probe(run, rank=ranks.rank, device=ranks.device, log=more["log"]) as probe:
+            _train(config, dataset, run, ranks=ranks, probe=probe, **more)
     except RuntimeError as error:
         if isinstance(error, Failed) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
@@ -106,11 +102,9 @@ def _train(
     stop: StopSignal,
     log: Log,
     watchdog: Watchdog,
+    probe: Probe,
     on_step: OnStep | None,
 ) -> None:
-    metrics = TrainMetrics()
-    if ranks.first:
-        metrics.serve()
     low_precision = computes_in_bfloat16(config.dtype, ranks.device)
     labels = None if dataset.labels is None else len(dataset.labels)
     laid = lay_out(config, vocab_size=dataset.vocab_size, ranks=ranks, low_precision=low_precision, labels=labels)
@@ -124,23 +118,30 @@ def _train(
         seed=config.seed,
         document_mask=config.document_mask,
     )
-    identity = digest_of({"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2})
+    apart = {"replicas": ranks.replicas} if config.local_sgd else {}  # each has a state of its own
+    identity = digest_of(
+        {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2, **apart}
+    )
     checkpoints = Checkpoints(run, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
-    history = History(run)
+    outputs = dataset.vocab_size if labels is None else labels
+    reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=cursor, log=log)
+    outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
 
-    progress = checkpoints.load_newest(laid.parts, optimizer) or Progress()
+    def more() -> dict[str, Any]:
+        return outer.state() if outer else {}
+
+    progress = checkpoints.load_newest(laid.parts, optimizer, **more()) or Progress()
     if progress.step:
         log.emit("resumed", stage="train", step=progress.step)
-    if ranks.first:
-        history.begin(progress.step)
-    step_tokens = config.global_batch * config.seq
-    metrics.steps.set(config.steps)
-    mark_s, mark_step, skips = time.monotonic(), progress.step, 0
+    reports.begin(progress.step)
+    skips = 0
 
     while progress.step < config.steps:
         watchdog.beat()
         if on_step is not None:
             on_step(progress.step, ranks)
+        probe.before_step(progress.step)
+        step_began_s = time.monotonic()
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
         try:
             loss, norm, stopping = train_step(
@@ -158,42 +159,32 @@ def _train(
             skips += 1
             if config.recover.bad_step == "stop" or skips > config.recover.max_skips:
                 raise
-            progress = _go_back(progress, checkpoints, laid, optimizer)
+            progress = _go_back(progress, checkpoints, laid, optimizer, **more())
             log.emit("went_back", level="warning", step=progress.step, skipped=progress.skipped, message=str(error))
-            if ranks.first:
-                history.begin(progress.step)
-            mark_s, mark_step = time.monotonic(), progress.step
+            reports.begin(progress.step)
             continue
         progress.advance(loss)
         done = progress.step
-
-        now_s = time.monotonic()
-        rate = (done - mark_step) * step_tokens / (now_s - mark_s)
-        row: dict[str, Any] = {"step": done, "loss": loss, "lr": lr, "tokens_per_s": round(rate, 1)}
-        log.progress("train", done=done, total=config.steps, unit="steps", **row)
-        metrics.tokens.inc(step_tokens)
-        if done % config.log_every_steps == 0 or done == config.steps:
-            if ranks.first:
-                history.append(**row, grad_norm=norm)
-            metrics.show(**row, grad_norm=norm)
-            mark_s, mark_step = now_s, done
+        if outer:
+            outer.after_step(done) if done < config.steps else outer.finish(done)
+        reports.step_done(done, loss=loss, lr=lr, grad_norm=norm, seconds=time.monotonic() - step_began_s)
 
         last = stopping or done == config.steps
         if last or done % config.checkpoint.every_steps == 0:
             watchdog.beat(patience=4)
-            checkpoints.save(progress, laid.parts, optimizer)
+            checkpoints.save(progress, laid.parts, optimizer, **more())
         if last:
             checkpoints.wait()
         checkpoints.poll()
-        metrics.checkpoint_seconds.set(checkpoints.seconds)
-        metrics.last_checkpoint_step.set(checkpoints.saved_step)
+        reports.checkpointed(checkpoints.saved_step, seconds=checkpoints.seconds)
         if stopping and done < config.steps:
             raise Interrupted(f"stopped after step {done} of {config.steps}; the checkpoint is written")
 
+    reports.close()
     watchdog.beat(patience=4)
     if ranks.first:
         model, read = _whole_model(config, dataset, laid, checkpoints.path(config.steps), ranks=ranks)
-        _finish(config, dataset, run, model=model, read=read, origin=origin, history=history)
+        _finish(config, dataset, run, model=model, read=read, origin=origin, history=reports.history)
     ranks.barrier()
 
 
@@ -204,7 +195,9 @@ def _most_bearable(config: TrainConfig, progress: Progress) -> float:
     return config.recover.spike_factor * progress.loss_mean
 
 
-def _go_back(progress: Progress, checkpoints: Checkpoints, laid: Laid, optimizer: torch.optim.Optimizer) -> Progress:
+def _go_back(
+    progress: Progress, checkpoints: Checkpoints, laid: Laid, optimizer: torch.optim.Optimizer, **more: Any
+) -> Progress:
     """The state of the newest checkpoint, with the batch of the bad step left out from now on.
 
     Before the first checkpoint only the batch is left out: the bad step was not made.
@@ -212,106 +205,9 @@ def _go_back(progress: Progress, checkpoints: Checkpoints, laid: Laid, optimizer
     bad = progress.batch_of(progress.step)
     optimizer.zero_grad()
     checkpoints.wait()
-    earlier = checkpoints.load_newest(laid.parts, optimizer) or progress
+    earlier = checkpoints.load_newest(laid.parts, optimizer, **more) or progress
     earlier.skipped = sorted({*earlier.skipped, *progress.skipped, bad})
     return earlier
-
-
-def train_step(
-    step: int,
-    config: TrainConfig,
-    *,
-    model: nn.Module | Pipeline,
-    optimizer: torch.optim.Optimizer,
-    cursor: Batches,
-    lr: float,
-    ranks: Ranks,
-    stop: StopSignal,
-    most: float = math.inf,
-) -> tuple[float, float, bool]:
-    """One optimizer step: the mean loss over the global batch, the norm before clipping, and whether to stop after it.
-
-    The mean is over all targets that count, on whichever rank they are. Raises BadStep, before the step is made, for a
-    loss or gradients that are not finite, and for a loss above `most`.
-    """
-    where = {"micro_batch": config.micro_batch, "rank": ranks.dp_rank, "world": ranks.dp}
-    drawn = [cursor.batch(step, micro=micro, **where) for micro in range(config.grad_accum(ranks.dp))]
-    batches = [batch.tensors(ranks.device) for batch in drawn]
-    targets = torch.stack([(targets != IGNORED).sum() for _, targets, _ in batches]).sum()
-    loss_sum = accumulate(model, batches, ranks=ranks, autocast=precision(config.dtype, ranks.device))
-    norm = gradient_norm(model, ranks=ranks)
-    agreed = _agree(loss_sum, targets, norm, stop, ranks)
-
-    # Gradients are of sums so far, averaged over ranks: now they become those of the mean, no longer than grad_clip.
-    to_mean = ranks.averaged_over / agreed.replica_targets
-    norm = agreed.norm * to_mean
-    if not (math.isfinite(agreed.loss) and math.isfinite(norm) and agreed.loss <= most):
-        spike = f", above the bearable {most:.4g}" if agreed.loss > most else ""
-        raise BadStep(
-            f"the loss is {agreed.loss:g}{spike} and the norm of the gradients {norm:g} at step {step + 1}; "
-            "the step was not made",
-            where=f"optim.lr {lr:g}",
-            fix="Lower optim.lr or raise optim.warmup_steps, or set recover.bad_step to skip; the checkpoints are kept.",
-        )
-    scale_gradients(model, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return agreed.loss, norm, agreed.stopping
-
-
-@dataclass(frozen=True)
-class _Agreed:
-    loss: float
-    replica_targets: float
-    norm: float
-    stopping: bool
-
-
-def _agree(loss_sum: Tensor, targets: Tensor, norm: Tensor, stop: StopSignal, ranks: Ranks) -> _Agreed:
-    """What all ranks know after one all-reduce of a few numbers, and the one wait for the device in a step.
-
-    It has to be before the optimizer step, because a step with a loss that is not finite must not be made.
-    """
-    shared = torch.zeros(3 + ranks.replicas, dtype=torch.float64, device=ranks.device)
-    shared[2] = float(stop.received is not None)
-    if ranks.counts_loss:
-        shared[0] = loss_sum
-    if ranks.counts_targets:
-        shared[1] = targets
-        shared[3 + ranks.replica] = targets
-    ranks.sum(shared)
-    total, all_targets, told, *of_replicas, norm_now = torch.cat([shared, norm.double().unsqueeze(0)]).tolist()
-    replica_targets = of_replicas[ranks.replica] if ranks.independent_replicas else all_targets
-    return _Agreed(total / max(all_targets, 1), max(replica_targets, 1), norm_now, told > 0)
-
-
-def make_deterministic(seed: int) -> None:
-    """The same numbers at every run of the same program on the same kind of machine."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    # Nothing here reads what it has not written, so fresh memory need not be filled.
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
-    torch.manual_seed(seed)
-
-
-def precision(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where asked for or, with `auto`, where the hardware computes in it; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(dtype, device))
-
-
-def computes_in_bfloat16(dtype: str, device: torch.device) -> bool:
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
-    return dtype == "bfloat16" or (dtype == "auto" and native)
-
-
-def cpu_has_bfloat16() -> bool:
-    """AVX-512 BF16 or AMX; without them bfloat16 on a CPU is emulated and slower than float32."""
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    return capabilities.startswith("AVX512") and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
 
 def _finished(config: TrainConfig, dataset: Dataset, run: Path, origin: Origin) -> bool:
@@ -350,12 +246,16 @@ def _finish(
     origin: Origin,
     history: History,
 ) -> None:
-    from trainer.plot import plot_loss  # matplotlib takes a second to load, and a resumed run may never come here
+    from trainer.plot import (  # matplotlib takes a second to load, and a resumed run may never come here
+        plot_cost,
+        plot_loss,
+    )
 
     rows = history.rows()
     plot_loss(
         rows, run / "loss.png", title=f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end"
     )
+    plot_cost(rows, run / "cost.png", title="Speed, and where time and memory went")
     export_package(
         model,
         dataset,

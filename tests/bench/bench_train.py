@@ -25,7 +25,7 @@ from trainer.errors import StopSignal  # noqa: E402
 from trainer.model import Decoder  # noqa: E402
 from trainer.optim import learning_rate, make_optimizer  # noqa: E402
 from trainer.parallel import Ranks  # noqa: E402
-from trainer.train import make_deterministic, train_step  # noqa: E402
+from trainer.step import make_deterministic, train_step  # noqa: E402
 
 VOCAB = 2048
 TURN_STEPS = 12

@@ -1,7 +1,8 @@
 """Many layouts in one group of processes: starting processes takes longer than all of their steps.
 
 `python layouts_of_trainer.py WORLD OUT LAYOUTS.json` trains a few steps in each layout on WORLD gloo ranks and writes
-the losses and norms that rank 0 saw, or the error that it met.
+the losses and norms that rank 0 saw, or the error that it met, to OUT/found-WORLD.json. `test` of a layout says which
+checkpoint to begin from and when to save one: `{"load": NAME, "save_at": STEP, "optimizer": "sgd"}`.
 """
 
 import json
@@ -16,14 +17,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from trainer.config import TrainConfig
+from trainer.checkpoint import Checkpoints
+from trainer.config import CheckpointConfig, TrainConfig
 from trainer.data import Cursor, TokenStream
 from trainer.errors import StopSignal
 from trainer.layout import layout_of
+from trainer.local_sgd import LocalSgd
+from trainer.log import Log
 from trainer.optim import learning_rate, make_optimizer
-from trainer.parallel import Ranks, lay_out
+from trainer.parallel import Laid, Ranks, lay_out
 from trainer.parallel.ranks import place
-from trainer.train import make_deterministic, train_step
+from trainer.progress import Progress
+from trainer.step import make_deterministic, train_step
 
 VOCAB, STEPS = 64, 5
 BASE: dict[str, Any] = {
@@ -64,42 +69,65 @@ def cursor_of(directory: Path, config: TrainConfig) -> Cursor:
     return Cursor.over(stream, seq=config.seq, global_batch=config.global_batch, seed=3)
 
 
-def curve(config: TrainConfig, ranks: Ranks, directory: Path) -> list[tuple[float, float]]:
-    """(loss, norm of the gradients) of each step."""
-    low = config.dtype == "bfloat16"
-    laid = lay_out(config, vocab_size=VOCAB, ranks=ranks, low_precision=low)
+def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test: dict[str, Any]) -> dict[str, Any]:
+    """(loss, norm of the gradients) of each step, from the checkpoint that `test` names, and the digest of the weights."""
+    laid = lay_out(config, vocab_size=VOCAB, ranks=ranks, low_precision=config.dtype == "bfloat16")
     optimizer = make_optimizer(laid.module, config.optim)
-    cursor, stop, found = cursor_of(directory, config), StopSignal(), []
-    for step in range(STEPS):
-        lr = learning_rate(step, steps=config.steps, config=config.optim)
+    if test.get("optimizer") == "sgd":
+        optimizer = torch.optim.SGD(laid.module.parameters(), lr=config.optim.lr)
+    outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
+    cursor, stop, found, progress = cursor_of(directory, config), StopSignal(), [], Progress()
+    saved, log = CheckpointConfig(), Log(rank=1)
+    if "load" in test:
+        checkpoints = Checkpoints(directory / test["load"], config=saved, identity="it", ranks=ranks, log=log)
+        loaded = checkpoints.load_newest(laid.parts, optimizer, **(outer.state() if outer else {}))
+        assert loaded is not None
+        progress = loaded
+    checkpoints = Checkpoints(directory / name, config=saved, identity="it", ranks=ranks, log=log)
+    while progress.step < STEPS:
+        lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
         loss, norm, _ = train_step(
-            step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
+            progress.step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
         )
         found.append((loss, norm))
-    return found
+        progress.advance(loss)
+        if outer:
+            outer.after_step(progress.step) if progress.step < STEPS else outer.finish(progress.step)
+        if progress.step == test.get("save_at"):
+            checkpoints.save(progress, laid.parts, optimizer, **(outer.state() if outer else {}))
+    checkpoints.wait()
+    return {"curve": found, "weights": every_weight(laid, ranks)}
+
+
+def every_weight(laid: Laid, ranks: Ranks) -> list[float]:
+    """The sum of the weights that each rank holds."""
+    own = torch.zeros(ranks.world, dtype=torch.float64)
+    local = (getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in laid.module.parameters())
+    own[ranks.rank] = sum(float(part.double().sum()) for part in local)
+    return ranks.sum(own).tolist()
 
 
 def run_rank(rank: int, world: int, out: str, layouts: dict[str, dict[str, Any]]) -> None:
     directory = Path(out)
     torch.set_num_threads(1)
     make_deterministic(0)
-    store = dist.FileStore(str(directory / "store"), world)
+    store = dist.FileStore(str(directory / f"store-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
     for name, more in layouts.items():
+        test = more.pop("test", {})
         config = config_of(more)
         try:
-            ranks = place(
-                layout_of(config, world=world), rank=rank, device=torch.device("cpu"), independent_replicas=False
-            )
-            found[name] = curve(config, ranks, directory)
+            layout, apart = layout_of(config, world=world), config.local_sgd is not None
+            ranks = place(layout, rank=rank, device=torch.device("cpu"), independent_replicas=apart)
+            found[name] = curve(config, ranks, directory, name=name, test=test)
         except Exception:
             found[name] = f"rank {rank}: {traceback.format_exc()}"
             if rank == 0:
-                (directory / "found.json").write_text(json.dumps(found))
+                (directory / f"found-{world}.json").write_text(json.dumps(found))
             raise
     if rank == 0:
-        (directory / "found.json").write_text(json.dumps(found))
+        (directory / f"found-{world}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
