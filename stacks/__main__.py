@@ -23,7 +23,8 @@ from infra.components import (
     args,
 )
 from infra.components.config import stack_from_config
-from infra.components.images import BuiltImage
+from infra.components.images import BuiltImage, Package
+from infra.components.stage import Image
 from infra.planner import plan, to_json
 from infra.spec import Stack
 
@@ -36,24 +37,28 @@ def declare(stack: Stack) -> None:
 
     tenancy = Tenancy("tenancy", args.tenancy(stack))
     platform = args.Platform(stack=stack, scope=tenancy.scope, plan=planned)
+    images: dict[Package, Image] = {
+        package: BuiltImage(package, args.image(platform, package)).image for package in args.packages(stack)
+    }
     for pool in stack.node_pools:
-        GpuNodePool(f"pool-{pool.name}", args.node_pool(platform, pool))
+        GpuNodePool(f"pool-{pool.name}", args.node_pool(platform, pool, images))
     ModelRegistry("registry", args.model_registry(platform))
     if stack.training:
-        declare_training(platform)
+        declare_training(platform, images["trainer"])
     if stack.services:
-        declare_serving(platform)
+        declare_serving(platform, images["serving"])
     if stack.tenancy.network_policies:
         Network("network", args.network(platform))
     if stack.monitoring.enabled:
         Monitoring("monitoring", args.monitoring(platform))
     pulumi.export("plan", to_json(planned))
     pulumi.export("findings", [str(finding) for finding in findings])
+    for finding in findings:
+        pulumi.log.warn(str(finding))
 
 
-def declare_training(platform: args.Platform) -> None:
+def declare_training(platform: args.Platform, trainer: Image) -> None:
     """Data → train → evaluate → gate → registry: three Jobs, each named by the digest of what it makes."""
-    trainer = BuiltImage("trainer", args.image(platform, "trainer")).image
     stages = args.stages(platform, trainer)
     data = DataJob("data", args.data_job(platform, stages))
     training = TrainingJob("train", args.training_job(platform, stages))
@@ -61,9 +66,8 @@ def declare_training(platform: args.Platform) -> None:
     pulumi.export("jobs", [data.job_name, training.job_name, promotion.job_name])
 
 
-def declare_serving(platform: args.Platform) -> None:
+def declare_serving(platform: args.Platform, server: Image) -> None:
     """Registry → servers → router. The servers wait for their channel, so that the first `up` of a stack ends at once."""
-    server = BuiltImage("serving", args.image(platform, "serving")).image
     for service in platform.stack.services:
         InferenceService(service.name, args.inference_service(platform, service, server))
         if service.autoscaling:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from infra.checks import enforce
@@ -142,7 +143,7 @@ def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
         print_json({"stack": stack, "endpoint": url} | vars(outcome))
         return
     for warning in final.warnings:
-        people.print(f"[yellow]note:[/] {warning}")
+        people.print(f"[yellow]note:[/] {escape(warning)}")
     people.print()
     show_curve(outcome, console=people)
     show_evaluation(outcome, console=people)
@@ -182,5 +183,5 @@ def _job_lines(final: client.Status, state: Path) -> Iterator[str]:
 
 
 def _fail(error: client.LocalError) -> NoReturn:
-    people.print(f"[bold red]error:[/] {error}")
+    people.print(f"[bold red]error:[/] {escape(str(error))}")
     sys.exit(error.exit_code)

@@ -1,5 +1,6 @@
 """How the arguments of each component follow from the stack's values: the wiring of the graph, and nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from infra.catalog import Instance, instance
@@ -63,8 +64,14 @@ def tenancy(stack: Stack) -> TenancyArgs:
     )
 
 
-def node_pool(platform: Platform, pool: NodePool) -> GpuNodePoolArgs:
+def packages(stack: Stack) -> tuple[Package, ...]:
+    """The programs that the stack runs, each of which has an image."""
+    return (*(("trainer",) if stack.training else ()), *(("serving",) if stack.services else ()))
+
+
+def node_pool(platform: Platform, pool: NodePool, images: Mapping[Package, Image]) -> GpuNodePoolArgs:
     stack = platform.stack
+    users = {"trainer": [stack.training] if stack.training else [], "serving": stack.services}
     return GpuNodePoolArgs(
         scope=platform.scope,
         platform=stack.platform,
@@ -72,6 +79,7 @@ def node_pool(platform: Platform, pool: NodePool) -> GpuNodePoolArgs:
         machine=instance(pool.instance),
         placement=on_pool(stack, pool.name),
         trains=stack.training is not None and stack.training.pool == pool.name,
+        images=tuple(image for package, image in images.items() if any(u.pool == pool.name for u in users[package])),
     )
 
 

@@ -12,10 +12,13 @@ from infra.catalog import Instance
 from infra.clouds import Placement, karpenter
 from infra.components.common import SKIP_AWAIT, Scope, resources, selector
 from infra.components.pods import PodArgs, container, pod_template
+from infra.components.stage import Image
 from infra.spec import NodePool, Platform, PodResources
 
 PAUSE = "registry.k8s.io/pause:3.10"
 KEEPER = PodResources(cpus=0.01, memory_gib=1 / 64)
+PULLER = PodResources(cpus=0.05, memory_gib=1 / 16)
+"""For a Python that starts and ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class GpuNodePoolArgs:
     """Where pods of this pool go."""
     trains: bool
     """A training runs on it: its nodes are taken away only when they are empty."""
+    images: tuple[Image, ...]
+    """Images of what runs on it: kept nodes pull them before anyone waits for them."""
 
 
 class GpuNodePool(pulumi.ComponentResource):
@@ -76,6 +81,8 @@ class GpuNodePool(pulumi.ComponentResource):
         ask for whole nodes would be head-room above what runs, and not a least number of nodes.
         """
         keeper = f"keep-{args.pool.name}"
+        asked = resources(KEEPER, gpu_resource=args.scope.gpu_resource)
+        briefly = resources(PULLER, gpu_resource=args.scope.gpu_resource)
         apart = core.PodAffinityTermArgs(
             topology_key="kubernetes.io/hostname",
             label_selector=LabelSelectorArgs(match_labels=selector("keep", keeper)),
@@ -87,12 +94,17 @@ class GpuNodePool(pulumi.ComponentResource):
             affinity=core.AffinityArgs(
                 pod_anti_affinity=core.PodAntiAffinityArgs(required_during_scheduling_ignored_during_execution=[apart])
             ),
+            # Gigabytes, and minutes of a cold start: a node that is kept has them before a replica comes.
+            init_containers=[
+                container(name=f"pull-{index}", image=image.reference, command=["python", "-c", ""], resources=briefly)
+                for index, image in enumerate(args.images)
+            ],
             containers=[
                 container(
                     name="pause",
                     image=PAUSE,
                     command=["/pause"],
-                    resources=resources(KEEPER, gpu_resource=args.scope.gpu_resource),
+                    resources=asked,
                 )
             ],
             grace_s=0,
@@ -105,5 +117,7 @@ class GpuNodePool(pulumi.ComponentResource):
                 selector=LabelSelectorArgs(match_labels=selector("keep", keeper)),
                 template=pod_template(args.scope, pod),
             ),
-            opts=pulumi.ResourceOptions(parent=self, depends_on=[nodes]),
+            opts=pulumi.ResourceOptions(
+                parent=self, depends_on=[nodes, *(build for image in args.images for build in image.needs)]
+            ),
         )

@@ -172,6 +172,12 @@ def test_the_pool_keeps_its_least_nodes_and_ends_at_its_most(prod: Objects, rend
     assert rendered("prod", {"node_pools.1.min_nodes": 0}).names("Deployment") == {"chat", "router"}
 
 
+def test_kept_nodes_have_the_images_before_a_pod_needs_them(prod: Objects) -> None:
+    keeper, server = prod.one("Deployment", "keep-serve"), prod.one("Deployment", "chat")
+    pulled = [container["image"] for container in keeper["spec"]["template"]["spec"]["initContainers"]]
+    assert pulled == [main(server)["image"]]
+
+
 def test_training_nodes_are_taken_away_only_when_empty(prod: Objects) -> None:
     disruption = prod.one("NodePool", "slipway-prod-train")["spec"]["disruption"]
     assert disruption["consolidationPolicy"] == "WhenEmpty"
