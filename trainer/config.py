@@ -166,6 +166,14 @@ class CheckpointConfig(Config):
     keep_every_steps: int | None = Field(default=None, ge=1)  # of these steps all are kept
 
 
+class PlanConfig(Config):
+    """What the planner expects of one rank; the run's metrics say how far off it is."""
+
+    peak_flops_per_rank: float | None = Field(default=None, gt=0)  # a second, dense, in the dtype of the products
+    step_s: float | None = Field(default=None, gt=0)
+    memory_bytes: float | None = Field(default=None, gt=0)
+
+
 class TrainConfig(Config):
     model: ModelConfig
     seq: int = Field(ge=2)
@@ -182,6 +190,8 @@ class TrainConfig(Config):
     recover: RecoverConfig = RecoverConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
+    plan: PlanConfig = PlanConfig()
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> "TrainConfig":
@@ -215,7 +225,7 @@ class TrainConfig(Config):
 
     def run_digest(self) -> str:
         """Of all that decides the trained weights, to rounding: not how often a run saves, nor who computes what."""
-        private = {"checkpoint", "log_every_steps", "micro_batch", "parallelism", "recover"}
+        private = {"checkpoint", "log_every_steps", "micro_batch", "parallelism", "plan", "recover", "sinks"}
         return digest_of(self.model_dump(mode="json", exclude=private))
 
 

@@ -25,14 +25,35 @@ class TrainMetrics:
         self.learning_rate = gauge("learning_rate", "Learning rate of the last logged step.")
         self.checkpoint_seconds = gauge("checkpoint_seconds", "Time that the last checkpoint took.")
         self.last_checkpoint_step = gauge("last_checkpoint_step", "Step of the newest checkpoint.")
+        # By the names of a row of log.jsonl. What a run has no numbers for stays out.
+        self._of_row = {
+            "step": self.step,
+            "loss": self.loss,
+            "lr": self.learning_rate,
+            "tokens_per_s": self.tokens_per_second,
+            "grad_norm": self.grad_norm,
+        }
+        self._later = {
+            "step_s": ("step_seconds", "Mean time of a step, without checkpoints."),
+            "tokens_per_s_per_rank": ("tokens_per_second_per_rank", "Tokens a second of one rank."),
+            "data_wait_ratio": ("data_wait_ratio", "Share of the time in which the step waited for its data."),
+            "memory_peak_bytes": ("memory_peak_bytes", "Most memory in use on rank 0: of its GPU, or of its process."),
+            "memory_reserved_peak_bytes": ("memory_reserved_peak_bytes", "Most memory held by the GPU's allocator."),
+            "goodput_ratio": ("goodput_ratio", "Time of steps that count, of all time since the run first began."),
+            "mfu_ratio": ("mfu_ratio", "Model FLOPs of all there could be (PaLM, appendix B)."),
+            "hfu_ratio": ("hfu_ratio", "The same with what is computed twice."),
+            "step_to_planned_ratio": ("step_to_planned_ratio", "Mean time of a step, to the planner's."),
+            "memory_to_planned_ratio": ("memory_to_planned_ratio", "Most memory in use, to the planner's."),
+        }
+        self._gauge = gauge
 
-    def show(self, *, step: int, loss: float, lr: float, tokens_per_s: float, grad_norm: float) -> None:
-        """Sets what a log line says."""
-        self.step.set(step)
-        self.loss.set(loss)
-        self.learning_rate.set(lr)
-        self.tokens_per_second.set(tokens_per_s)
-        self.grad_norm.set(grad_norm)
+    def show(self, row: dict[str, float]) -> None:
+        """Sets what a row of the log says."""
+        for name, value in row.items():
+            if name not in self._of_row and name in self._later:
+                self._of_row[name] = self._gauge(*self._later[name])
+            if name in self._of_row:
+                self._of_row[name].set(value)
 
     def serve(self) -> None:
         """Raises Refused when the port is no port or taken."""

@@ -1,4 +1,4 @@
-"""`loss.png`: the curve of a run, for people."""
+"""`loss.png` and `cost.png`: the curves of a run, for people."""
 
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,35 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     right.spines["top"].set_visible(False)
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_cost(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws tokens a second, memory, and the shares of time and of floating-point operations, one below the other."""
+    steps = [row["step"] for row in rows]
+    figure, panels = plt.subplots(3, 1, figsize=(9, 8), dpi=130, sharex=True, layout="constrained")
+    panels[0].plot(steps, [row["tokens_per_s"] for row in rows], color=_LINE, linewidth=1.8)
+    panels[0].set_ylabel("tokens a second")
+    panels[0].set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold", pad=12)
+    memory = {"in use": "memory_peak_bytes", "held": "memory_reserved_peak_bytes"}
+    shares = {"goodput": "goodput_ratio", "waiting for data": "data_wait_ratio", "MFU": "mfu_ratio", "HFU": "hfu_ratio"}
+    for label, name in memory.items():
+        panels[1].plot(steps, [row.get(name, np.nan) / 2**30 for row in rows], linewidth=1.8, label=label)
+    panels[1].set_ylabel("peak memory (GiB)")
+    for label, name in shares.items():
+        if any(name in row for row in rows):
+            panels[2].plot(steps, [row.get(name, np.nan) for row in rows], linewidth=1.8, label=label)
+    panels[2].set_ylabel("share")
+    panels[2].set_ylim(0, 1.02)
+    panels[2].set_xlabel("step")
+    for panel in panels:
+        panel.set_ylim(bottom=0)
+        panel.grid(color=_GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[1:]:
+        panel.legend(frameon=False, loc="best")
     figure.savefig(path)
     plt.close(figure)
 
