@@ -31,7 +31,7 @@ from trainer.provenance import hardware, source_revision
 from trainer.reports import Reports
 from trainer.state import load_weights
 from trainer.step import BadStep, computes_in_bfloat16, make_deterministic, train_step
-from trainer.watchdog import Watchdog, earlier_hangs
+from trainer.watchdog import STARTING, Watchdog, earlier_hangs
 
 OnStep = Callable[[int, Ranks], None]
 """Called on every rank before each step with the number of steps done: where faults are rehearsed."""
@@ -136,8 +136,9 @@ def _train(
     reports.begin(progress.step)
     skips = 0
 
+    first = progress.step
     while progress.step < config.steps:
-        watchdog.beat()
+        watchdog.beat(patience=STARTING if progress.step == first else 1.0)
         if on_step is not None:
             on_step(progress.step, ranks)
         probe.before_step(progress.step)

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+STARTING = 5.0
+"""Times as long as a step may take it to join, load, compile and make the first one."""
+
 
 class Watchdog:
     """An alarm that `beat` puts off. The stacks go to `run/stacks/rank-N.txt`, which is not there after a good end."""
@@ -21,7 +24,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
-        self.beat()
+        self.beat(patience=STARTING)
         return self
 
     def beat(self, *, patience: float = 1.0) -> None:

@@ -1,0 +1,120 @@
+"""Whatever befalls a run, it ends with the bits of an undisturbed one, and only the steps since a checkpoint are done again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from programs_of_trainer import REPOSITORY, TRAIN, program_environment
+
+from trainer.config import TrainConfig
+from trainer.data import Cursor, Dataset
+from trainer.errors import Failed, StopSignal
+from trainer.model import Decoder
+from trainer.train import train
+
+FAULTS = [
+    {"step": 5, "rank": 1, "do": "kill"},
+    {"step": 10, "rank": 0, "do": "hang"},
+    {"step": 14, "rank": 0, "do": "corrupt"},
+    {"step": 17, "rank": 1, "do": "fill_disk"},
+    {"step": 22, "rank": 1, "do": "cut_network"},
+]
+CONFIG = {**TRAIN, "steps": 26, "recover": {"hang_timeout_s": 6.0}}
+
+
+def ranks_of_two(dataset: Path, directory: Path, events: list[dict]) -> subprocess.CompletedProcess[str]:
+    (directory / "marks").mkdir(parents=True)
+    (directory / "train.yaml").write_text(yaml.safe_dump(CONFIG))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=7"]
+    script = str(REPOSITORY / "tests" / "unit" / "trainer" / "injected_trainer.py")
+    words = ["--config", str(directory / "train.yaml"), f"data={dataset}", f"run={directory / 'run'}"]
+    command = [sys.executable, *launcher, script, json.dumps(events), str(directory / "marks"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=program_environment(), timeout=400)
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (directory / "run" / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_after_every_fault_the_run_ends_as_if_nothing_had_been(dataset, tmp_path):
+    undisturbed = ranks_of_two(dataset, tmp_path / "undisturbed", [])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    disturbed = ranks_of_two(dataset, tmp_path / "disturbed", FAULTS)
+    assert disturbed.returncode == 0, disturbed.stderr
+    assert len(list((tmp_path / "disturbed" / "marks").iterdir())) == len(FAULTS)
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "undisturbed")
+    weights = [tmp_path / name / "run" / "model" / "model.safetensors" for name in ("disturbed", "undisturbed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    events = [json.loads(line) for line in disturbed.stdout.splitlines() if line.startswith("{")]
+    resumed = [event["step"] for event in events if event["event"] == "resumed"]
+    # The checkpoint of step 12 was corrupted, and that of step 20 could not be written.
+    assert resumed[:3] == [4, 8, 8]
+    assert resumed[3] == 16
+    assert any(event["event"] == "damaged_checkpoint" and event["step"] == 12 for event in events)
+    hung = next(event for event in events if event["event"] == "hung")
+    assert "rank-0000" in hung["message"]
+    stacks = (tmp_path / "disturbed" / "run" / "stacks" / "rank-00000.txt").read_text()
+    assert "in hang" in stacks
+
+
+class Poison:
+    """A forward pass whose loss is `factor` times too high whenever it sees the first sample of a given batch."""
+
+    def __init__(self, dataset: Path, *, batch: int, factor: float) -> None:
+        config = TrainConfig.model_validate(TRAIN)
+        cursor = Cursor.of(Dataset.open(dataset), seq=config.seq, global_batch=config.global_batch, seed=config.seed)
+        self._poisoned = cursor.batch(batch, micro=0, micro_batch=1, rank=0, world=1).tokens_BL[0].tolist()
+        self._factor, self.seen = factor, 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward = Decoder.forward
+
+        def poisoned(model, tokens, *more):
+            loss = forward(model, tokens, *more)
+            if tokens[0].tolist() != self._poisoned:
+                return loss
+            self.seen += 1
+            return loss * self._factor
+
+        monkeypatch.setattr(Decoder, "forward", poisoned)
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("factor", "recover"),
+    [
+        (float("nan"), {"bad_step": "skip"}),
+        (30.0, {"bad_step": "skip", "spike_factor": 3.0}),
+    ],
+)
+def test_a_bad_batch_is_left_out_and_the_run_goes_on_from_the_checkpoint_before(
+    dataset, tmp_path, monkeypatch, capsys, factor, recover
+):
+    poison = Poison(dataset, batch=6, factor=factor)
+    poison.install(monkeypatch)
+    config = TrainConfig.model_validate({**TRAIN, "recover": recover})
+    train(config, data=dataset, run=tmp_path, stop=StopSignal())
+    assert poison.seen == 1
+    assert steps_of(tmp_path) == list(range(1, 13))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    back = next(event for event in told if event["event"] == "went_back")
+    assert (back["step"], back["skipped"]) == (4, [6])
+    newest = tmp_path / "checkpoints" / "step-00000012" / "manifest.json"
+    assert json.loads(newest.read_text())["progress"]["skipped"] == [6]
+
+
+def test_a_spike_stops_the_run_where_it_is_not_to_skip(dataset, tmp_path, monkeypatch):
+    Poison(dataset, batch=6, factor=30.0).install(monkeypatch)
+    config = TrainConfig.model_validate({**TRAIN, "recover": {"spike_factor": 3.0}})
+    with pytest.raises(Failed, match=r"above the bearable .* at step 7; the step was not made"):
+        train(config, data=dataset, run=tmp_path, stop=StopSignal())
+    assert not (tmp_path / "model").exists()
