@@ -51,6 +51,7 @@ EMBEDDINGS = _object(
 )  # fmt: skip
 TOKENS = _object(tokens=_list(INTEGER), count=INTEGER, max_model_len=INTEGER)
 TEXT = _object(prompt=STRING)
+EVENT = _object(data=STRING)  # one server-sent event: a chunk as JSON, an error as JSON, or [DONE]
 COUNTS = _object(total=INTEGER, completed=INTEGER, failed=INTEGER)
 FILE = _object(
     id=STRING, object=_const("file"), bytes=INTEGER, created_at=INTEGER, filename=STRING, purpose=STRING, status=STRING
@@ -71,5 +72,5 @@ def of(schema: Schema, *, stream: bool = False) -> dict[str, Any]:
     """OpenAPI's response with this body, or with a stream of events where the request asks for one."""
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if stream:
-        content["text/event-stream"] = {"schema": STRING}
+        content["text/event-stream"] = {"schema": EVENT}
     return {"description": "The answer", "content": content}

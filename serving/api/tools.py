@@ -16,8 +16,8 @@ from serving.engine.messages import Structure
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 PREFACE = (
-    "You may call these functions, each given by the JSON schema of its arguments:\n{tools}\n"
-    f'To call one, answer with {OPEN}{{"name": <name>, "arguments": <object>}}{CLOSE} and nothing else.'
+    f'To call a function, answer with {OPEN}{{"name": <name>, "arguments": <object>}}{CLOSE} and nothing else. '
+    "You may call these, each given with the JSON schema of its arguments:\n"
 )
 
 
@@ -55,7 +55,7 @@ def structure_of(tools: Sequence[Tool], choice: ToolChoice | None) -> Structure 
 def introduce(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """The messages for a template that knows no tools: told of in the first message, calls and results as text."""
     described = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True)) for tool in tools)
-    result = [{"role": "system", "content": PREFACE.format(tools=described)}] if tools else []
+    result = [{"role": "system", "content": PREFACE + described}] if tools else []
     for message in messages:
         content = message["content"]
         for call in message.get("tool_calls", ()):

@@ -3,6 +3,7 @@
 The automata are llguidance's, whose limits on states and steps also bound what a hostile expression can cost.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,8 @@ class Structures:
             eos = sorted(self._eos_ids) or None
             self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
         compile_ = {
-            "json_schema": LLMatcher.grammar_from_json_schema,
+            # Free space between the parts would let a small model write nothing but space until its tokens run out.
+            "json_schema": partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}),
             "regex": LLMatcher.grammar_from_regex,
             "grammar": LLMatcher.grammar_from_lark,
         }

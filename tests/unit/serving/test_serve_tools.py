@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.api.messages import Tool
 from serving.api.tools import CLOSE, OPEN, Call, CallParser, introduce
 
 NAMES = {"weather", "time"}
@@ -69,6 +70,8 @@ def test_a_template_that_knows_no_tools_is_told_of_them_and_of_their_results_in_
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "noon", "tool_call_id": call["id"]},
     ]
+    tool = Tool.model_validate({"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}})
+    assert '"name": "time"' in introduce(messages, [tool])[0]["content"]
     (told, called, result) = introduce(messages, [])
     assert told == messages[0]
     assert parse([called["content"]])[1] == [("time", {"at": 1})]
