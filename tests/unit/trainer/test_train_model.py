@@ -13,9 +13,9 @@ from trainer.config import ModelConfig, OptimConfig
 from trainer.data import Dataset
 from trainer.errors import Refused
 from trainer.export import export_package
-from trainer.package import load_package
 from trainer.model import Decoder, rope_tables, turn
 from trainer.optim import learning_rate, make_optimizer
+from trainer.package import load_package
 
 SHAPES = {
     "tied, grouped": {"heads": 4, "kv_heads": 2, "tied_embeddings": True},
@@ -59,7 +59,10 @@ def test_transformers_gives_the_same_logits(dataset, tmp_path, shape):
     ("spoil", "said"),
     [
         (lambda d: (d / "config.json").unlink(), "no model package"),
-        (lambda d: (d / "config.json").write_text(json.dumps({"model_type": "bert"})), "type 'bert', not llama, mistral, qwen2, qwen3"),
+        (
+            lambda d: (d / "config.json").write_text(json.dumps({"model_type": "bert"})),
+            "type 'bert', not llama, mistral, qwen2, qwen3",
+        ),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 99), "cannot be read"),
         (lambda d: (d / "model.safetensors").unlink(), "cannot be read"),
     ],
