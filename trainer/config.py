@@ -190,6 +190,7 @@ class TrainConfig(Config):
     recover: RecoverConfig = RecoverConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
+    look_at_traffic_every_steps: int | None = Field(default=None, ge=1)  # of a step that is looked at, bytes and times
     plan: PlanConfig = PlanConfig()
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl
 
@@ -225,7 +226,8 @@ class TrainConfig(Config):
 
     def run_digest(self) -> str:
         """Of all that decides the trained weights, to rounding: not how often a run saves, nor who computes what."""
-        private = {"checkpoint", "log_every_steps", "micro_batch", "parallelism", "plan", "recover", "sinks"}
+        private = {"checkpoint", "log_every_steps", "look_at_traffic_every_steps", "micro_batch", "parallelism"}
+        private |= {"plan", "recover", "sinks"}
         return digest_of(self.model_dump(mode="json", exclude=private))
 
 

@@ -41,7 +41,6 @@ class LocalSgd:
         self._sums = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         self._sent_at = torch.full((config.fragments,), -1, dtype=torch.int64)
         self._travelling: dict[int, tuple[dist.Work, Tensor]] = {}
-        self.bytes_sent = 0
 
     @classmethod
     def of(cls, config: LocalSgdConfig | None, parts: Sequence[nn.Module], ranks: Ranks) -> "LocalSgd | None":
@@ -94,7 +93,6 @@ class LocalSgd:
         assert work is not None
         self._travelling[fragment] = (work, bucket)
         self._sent_at[fragment] = done
-        self.bytes_sent += bucket.numel() * bucket.element_size()
 
     def _await(self, fragment: int) -> None:
         work, bucket = self._travelling.pop(fragment)

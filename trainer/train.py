@@ -31,6 +31,7 @@ from trainer.provenance import hardware, source_revision
 from trainer.reports import Reports
 from trainer.state import load_weights
 from trainer.step import BadStep, computes_in_bfloat16, make_deterministic, train_step
+from trainer.traffic import Traffic
 from trainer.watchdog import STARTING, Watchdog, earlier_hangs
 
 OnStep = Callable[[int, Ranks], None]
@@ -125,6 +126,7 @@ def _train(
     checkpoints = Checkpoints(run, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
     outputs = dataset.vocab_size if labels is None else labels
     reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=cursor, log=log)
+    traffic = Traffic(every_steps=config.look_at_traffic_every_steps, registry=reports.metrics.registry, log=log)
     outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
 
     def more() -> dict[str, Any]:
@@ -145,17 +147,21 @@ def _train(
         step_began_s = time.monotonic()
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
         try:
-            loss, norm, stopping = train_step(
-                progress.step,
-                config,
-                model=laid.run,
-                optimizer=optimizer,
-                cursor=Remaining(cursor, progress),
-                lr=lr,
-                ranks=ranks,
-                stop=stop,
-                most=_most_bearable(config, progress),
-            )
+            with traffic.look(progress.step):
+                loss, norm, stopping = train_step(
+                    progress.step,
+                    config,
+                    model=laid.run,
+                    optimizer=optimizer,
+                    cursor=Remaining(cursor, progress),
+                    lr=lr,
+                    ranks=ranks,
+                    stop=stop,
+                    most=_most_bearable(config, progress),
+                )
+                if outer:
+                    done = progress.step + 1
+                    outer.after_step(done) if done < config.steps else outer.finish(done)
         except BadStep as error:
             skips += 1
             if config.recover.bad_step == "stop" or skips > config.recover.max_skips:
@@ -166,8 +172,6 @@ def _train(
             continue
         progress.advance(loss)
         done = progress.step
-        if outer:
-            outer.after_step(done) if done < config.steps else outer.finish(done)
         reports.step_done(done, loss=loss, lr=lr, grad_norm=norm, seconds=time.monotonic() - step_began_s)
 
         last = stopping or done == config.steps

@@ -6,6 +6,7 @@ interpreter is stuck inside a library. torchrun then starts all ranks again, fro
 """
 
 import faulthandler
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -40,7 +41,7 @@ class Watchdog:
         self._file.close()
         if self._path.stat().st_size == 0 or error is None:
             self._path.unlink()
-        if not any(self._path.parent.iterdir()):
+        with suppress(OSError):  # another rank's stacks are in it, or the last of them has removed it
             self._path.parent.rmdir()
 
 

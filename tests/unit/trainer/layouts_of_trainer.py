@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from prometheus_client import CollectorRegistry
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, TrainConfig
@@ -29,6 +30,7 @@ from trainer.parallel import Laid, Ranks, lay_out
 from trainer.parallel.ranks import place
 from trainer.progress import Progress
 from trainer.step import make_deterministic, train_step
+from trainer.traffic import Traffic
 
 VOCAB, STEPS = 64, 5
 BASE: dict[str, Any] = {
@@ -75,6 +77,7 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
     optimizer = make_optimizer(laid.module, config.optim)
     if test.get("optimizer") == "sgd":
         optimizer = torch.optim.SGD(laid.module.parameters(), lr=config.optim.lr)
+    traffic = Traffic(every_steps=test.get("traffic"), registry=CollectorRegistry(), log=Log(rank=1))
     outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
     cursor, stop, found, progress = cursor_of(directory, config), StopSignal(), [], Progress()
     saved, log = CheckpointConfig(), Log(rank=1)
@@ -86,9 +89,10 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
     checkpoints = Checkpoints(directory / name, config=saved, identity="it", ranks=ranks, log=log)
     while progress.step < STEPS:
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
-        loss, norm, _ = train_step(
-            progress.step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
-        )
+        with traffic.look(progress.step):
+            loss, norm, _ = train_step(
+                progress.step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
+            )
         found.append((loss, norm))
         progress.advance(loss)
         if outer:
@@ -96,7 +100,8 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
         if progress.step == test.get("save_at"):
             checkpoints.save(progress, laid.parts, optimizer, **(outer.state() if outer else {}))
     checkpoints.wait()
-    return {"curve": found, "weights": every_weight(laid, ranks)}
+    numbers = sum(parameter.numel() for parameter in laid.module.parameters())
+    return {"curve": found, "weights": every_weight(laid, ranks), "traffic": traffic.step, "parameters": numbers}
 
 
 def every_weight(laid: Laid, ranks: Ranks) -> list[float]:

@@ -22,7 +22,7 @@ FAULTS = [
     {"step": 17, "rank": 1, "do": "fill_disk"},
     {"step": 22, "rank": 1, "do": "cut_network"},
 ]
-CONFIG = {**TRAIN, "steps": 26, "recover": {"hang_timeout_s": 6.0}}
+CONFIG = {**TRAIN, "steps": 26, "recover": {"hang_timeout_s": 12.0}}
 
 
 def ranks_of_two(dataset: Path, directory: Path, events: list[dict]) -> subprocess.CompletedProcess[str]:

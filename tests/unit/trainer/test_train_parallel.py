@@ -34,7 +34,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp x ddp, more samples": {**split(cp=2), "micro_batch": 1},
     },
     2: {
-        "ddp": {},
+        "ddp": {"test": {"traffic": 3}},
         "fsdp": split(dp_shard=2),
         "tp": split(tp=2),
         "tied tp": {**split(tp=2), **TIED},
@@ -113,3 +113,11 @@ def test_replicas_that_trained_apart_end_with_the_same_weights(found):
 def test_streamed_replicas_go_on_from_a_checkpoint_with_a_fragment_on_its_way(found):
     assert found["streamed, gone on"]["curve"] == found["streamed"]["curve"][3:]
     assert found["streamed, gone on"]["weights"] == found["streamed"]["weights"]
+
+
+def test_what_data_parallel_ranks_send_is_their_gradients_and_few_numbers_more(found):
+    reduced = found["ddp"]["traffic"]["all_reduce"]
+    gradient_bytes = 4 * found["ddp"]["parameters"]
+    assert gradient_bytes < reduced["bytes"] < gradient_bytes + 100
+    assert reduced["calls"] >= 2
+    assert reduced["seconds"] > 0
