@@ -75,7 +75,8 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
         width = value_bytes(service, on_gpu=instance.gpu is not None)
         kv_tokens = int(service.kv_gib * GIB // shape.kv_bytes_per_token(bytes_per_value=width))
         length = service.max_model_len or (training.model.max_context if training else None)
-        if service.traffic and instance.gpu and service.gpus:
+        # A cache that holds no request has no latency: SLW203 says so.
+        if service.traffic and instance.gpu and service.gpus and kv_tokens >= 2:
             latency = latency_of(
                 service, traffic=service.traffic, shape=shape, instance=instance, replicas=service.most_replicas
             )

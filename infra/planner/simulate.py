@@ -75,7 +75,7 @@ def requests_of(load: Load, *, number: int, most_tokens: float, seed: int = SEED
 
     def length(mean: float) -> int:
         value = draw.lognormvariate(math.log(mean) - sigma**2 / 2, sigma) if sigma else mean
-        return max(round(min(value, most_tokens / 2)), 1)
+        return max(round(min(value, most_tokens / 2 - 0.5)), 1)
 
     clock, made = 0.0, list[_Request]()
     for _ in range(number):

@@ -142,7 +142,10 @@ def test_a_stack_that_leaves_nothing_open_stays_as_it_is(stack_path: Path) -> No
     [
         (stack(train="auto"), "set training.deadline_h"),
         (stack(training={"deadline_h": 0.001}, train="auto"), "raise training.deadline_h"),
-        (stack(service={"autoscaling": None, "replicas": "auto"}), "auto needs `traffic` on the service"),
+        (
+            stack(service={"autoscaling": None, "replicas": "auto", "traffic": None}),
+            "auto needs `traffic` on the service",
+        ),
         (stack(service={"replicas": "auto"}), "leave replicas out"),
         (stack(service=SERVED | {"slo": {"ttft_p95_s": 0.0001}}), "raise slo"),
         (stack(service={"gpus": 0}, serve="auto"), "asks for no GPU"),

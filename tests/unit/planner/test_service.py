@@ -55,6 +55,13 @@ def test_output_tokens_a_second_are_those_asked_for() -> None:
     assert latency.tokens_per_s == pytest.approx(4 * 128, rel=0.1)
 
 
+@given(cache=st.floats(2, 5_000), spread=st.floats(0, 2))
+@settings(max_examples=50)
+def test_no_request_is_longer_than_the_cache(cache: float, spread: float) -> None:
+    made = requests_of(replace(LOAD, spread=spread), number=50, most_tokens=cache)
+    assert all(request.prompt + request.output <= cache for request in made)
+
+
 def test_lengths_have_the_mean_and_the_spread() -> None:
     made = requests_of(replace(LOAD, spread=0.5), number=20_000, most_tokens=math.inf)
     lengths = [request.prompt for request in made]
