@@ -305,10 +305,14 @@ def test_request_ids_and_metrics(server: Server) -> None:
     names = (
         "requests_waiting", "requests_running", "requests_in_flight", "requests_total", "prompt_tokens_total",
         "output_tokens_total", "ttft_seconds", "tpot_seconds", "queue_seconds", "kv_used_ratio", "ready", "model_info",
+        "itl_seconds", "queued_tokens", "memory_free_bytes", "model_swaps_total", "prefix_hit_tokens_total",
+        "prefix_miss_tokens_total", "preemptions_total", "aborts_total",
     )  # fmt: skip
     for name in names:
         assert f"\nslipway_serve_{name}" in text, name
     assert "slipway_serve_ready 1.0" in text
+    for stage in ("start", "weights", "first_token"):
+        assert server.metric(f'slipway_serve_load_seconds{{stage="{stage}"}}') > 0
 
 
 def test_the_server_never_had_an_error_of_its_own(server: Server) -> None:

@@ -1,6 +1,8 @@
 """Hostile clients at the level of bytes: slow, endless, half-gone. Each is refused, and nobody else notices."""
 
+import contextlib
 import json
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ ANSWER_S = HEAD_TIMEOUT_S + 30
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, start_server) -> Server:
-    return start_server(tiny).wait_ready()
+    """One that answers two at a time, so that streams can be many and idle."""
+    return start_server(tiny, "--max-num-seqs", "2", "--max-queued-tokens", "100000").wait_ready()
 
 
 @pytest.fixture
@@ -52,18 +55,26 @@ def post(body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def test_slow_heads_and_endless_heads_are_refused_while_others_are_answered(server: Server, raw) -> None:
-    before = psutil.Process(server.process.pid).num_fds()
-    slow = [raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n") for _ in range(50)]
+@pytest.fixture(scope="module")
+def slow(server: Server) -> Iterator[list[socket.socket]]:
+    """Connections whose heads never end, begun before the other tests and refused while those run."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connections = [socket.create_connection((host, int(port)), timeout=ANSWER_S) for _ in range(50)]
+    for sock in connections:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+    yield connections
+    for sock in connections:
+        sock.close()
+
+
+def test_endless_heads_are_refused_while_others_are_answered(server: Server, slow: list, raw) -> None:
     for sock in slow:
         sock.sendall(b"x-a: 1\r\n")  # another header now and then keeps no connection open
-    assert httpx.post(server.url + "/v1/completions", json=BODY, timeout=60).status_code == 200
     endless = raw(b"GET / HTTP/1.1\r\nx: ")
     endless.sendall(b"a" * (HEAD_LIMIT_BYTES + 65536))
     status, error = answer(endless)
     assert (status, set(error["error"])) == (431, {"message", "type", "param", "code"})
-    assert {answer(sock)[0] for sock in slow} == {408}
-    server.wait_until(lambda: psutil.Process(server.process.pid).num_fds() <= before + 2, "the connections to close")
+    assert httpx.post(server.url + "/v1/completions", json=BODY, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -100,6 +111,29 @@ def test_requests_in_one_packet_are_answered_in_order(server: Server, raw) -> No
         data += piece
     statuses = [int(part.split()[0]) for part in data.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [200, 200, 400]
+
+
+def test_a_thousand_idle_streams_cost_little_and_leave_nothing(server: Server) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    processes = [psutil.Process(server.process.pid), server.engine()]
+    host, port = server.url.removeprefix("http://").split(":")
+    asked = post(json.dumps({**BODY, "max_tokens": 250, "stream": True}).encode())
+
+    def used_bytes() -> int:
+        return sum(process.memory_info().rss for process in processes)
+
+    def in_flight() -> float:
+        return server.metric("slipway_serve_requests_in_flight")
+
+    before_bytes = used_bytes()
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(socket.create_connection((host, int(port)))).sendall(asked)
+        server.wait_until(lambda: in_flight() > 900, "the streams")
+        assert used_bytes() - before_bytes < 200 * 2**20
+        assert server.get("/health/ready").status_code == 200
+    server.wait_until(lambda: in_flight() == 0, "the streams to be forgotten")
 
 
 HOSTILE_STRUCTURES = {
@@ -142,6 +176,12 @@ def test_too_little_memory_refuses_before_anything_is_read(tmp_path: Path, start
     assert int(refused.headers["retry-after"]) >= 1
     assert hungry.get("/health/live").status_code == 200
     assert hungry.metric("slipway_serve_memory_free_bytes") > 0
+
+
+def test_slow_heads_are_refused_and_forgotten(server: Server, slow: list) -> None:
+    assert {answer(sock)[0] for sock in slow} == {408}
+    process = psutil.Process(server.process.pid)
+    server.wait_until(lambda: len(process.net_connections("tcp")) < len(slow), "the connections to close")
 
 
 def test_the_server_lives_and_had_no_error_of_its_own(server: Server) -> None:

@@ -14,7 +14,7 @@ from conftest import Server
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
-EXAMPLES = 12  # of each operation, right and wrong ones
+EXAMPLES = 8  # of each operation, right and wrong ones
 
 
 @pytest.fixture(scope="module")
