@@ -44,9 +44,10 @@ class Batch:
     error_file_id: str | None = None
     finished_at: int | None = None
     metadata: dict[str, str] | None = None
+    key: str = ""  # whose quota the answers are charged to
 
     def body(self) -> dict[str, Any]:
-        hidden = ("owner", "total", "completed", "failed", "finished_at")
+        hidden = ("owner", "key", "total", "completed", "failed", "finished_at")
         described = {key: value for key, value in asdict(self).items() if key not in hidden}
         counts = {"total": self.total, "completed": self.completed, "failed": self.failed}
         ended = {f"{self.status}_at": self.finished_at} if self.status in FINAL else {}
@@ -62,8 +63,10 @@ class BatchStore:
     def __init__(self, files: FileStore) -> None:
         self.files = files
 
-    def create(self, *, owner: str, endpoint: str, input_file_id: str, metadata: dict[str, str] | None) -> Batch:
-        batch = Batch(f"batch-{new_id()}", owner, endpoint, input_file_id, int(time.time()), metadata=metadata)
+    def create(
+        self, *, owner: str, key: str, endpoint: str, input_file_id: str, metadata: dict[str, str] | None
+    ) -> Batch:
+        batch = Batch(f"batch-{new_id()}", owner, endpoint, input_file_id, int(time.time()), metadata=metadata, key=key)
         self.save(batch)
         return batch
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from starlette.types import Message
 from serving.api import answers
 from serving.api.chat import Chat
 from serving.api.completions import Completion
-from serving.api.context import Caller, Context
+from serving.api.context import Caller, Context, caller_with
 from serving.api.document import path_parameter, takes
 from serving.api.embeddings import Embeddings
 from serving.api.errors import ApiError, bad_request, documented
@@ -64,13 +65,24 @@ def runner(context: Context, store: BatchStore) -> BatchRunner:
     """Answers the lines of batches as the routes would, behind everyone who waits."""
 
     async def answer(batch: Batch, endpoint: str, body: Any) -> tuple[int, str, dict[str, Any]]:
-        caller = Caller(uuid.uuid4().hex, tenant=batch.owner, priority=PRIORITIES["batch"])
+        request_id = uuid.uuid4().hex
         try:
-            return 200, caller.request_id, await _answer(context, endpoint, json.dumps(body).encode(), caller)
+            caller = _caller(context, batch, request_id)
+            return 200, request_id, await _answer(context, endpoint, json.dumps(body).encode(), caller)
         except ApiError as error:
-            return error.status, caller.request_id, error.body()
+            return error.status, request_id, error.body()
 
     return BatchRunner(store, answer)
+
+
+def _caller(context: Context, batch: Batch, request_id: str) -> Caller:
+    """The batch's owner, behind everyone who waits, on the quota of the key that made it. Raises `ApiError`."""
+    if context.keys is None:
+        return Caller(request_id, tenant=batch.owner, priority=PRIORITIES["batch"])
+    key = context.keys.named(batch.key)
+    if key is None:
+        raise ApiError(401, "The key that made this batch has been withdrawn", code="invalid_api_key")
+    return replace(caller_with(key, context, request_id=request_id), priority=PRIORITIES["batch"])
 
 
 async def _answer(context: Context, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
@@ -147,11 +159,15 @@ def _add_batches(app: FastAPI, store: BatchStore) -> None:
     )
     async def create(request: Request) -> JSONResponse:
         body = parse(BatchRequest, await read_body(request, limit_bytes=64 << 10, timeout_s=30))
-        owner = Caller.of(request).tenant
-        if store.files.get(body.input_file_id, owner=owner) is None:
+        caller = Caller.of(request)
+        if store.files.get(body.input_file_id, owner=caller.tenant) is None:
             raise ApiError(404, "There is no such file", param="input_file_id", code="not_found")
         batch = store.create(
-            owner=owner, endpoint=body.endpoint, input_file_id=body.input_file_id, metadata=body.metadata
+            owner=caller.tenant,
+            key=caller.name,
+            endpoint=body.endpoint,
+            input_file_id=body.input_file_id,
+            metadata=body.metadata,
         )
         return JSONResponse(batch.body())
 

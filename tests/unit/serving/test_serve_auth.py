@@ -34,7 +34,13 @@ def entry(name: str, **more: object) -> dict:
 @pytest.fixture(scope="module")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("keys") / "keys.json"
-    keys = [entry("ada"), entry("bob", requests_per_minute=2), entry("eve", tokens_per_minute=30), entry("old")]
+    keys = [
+        entry("ada"),
+        entry("bob", requests_per_minute=2),
+        entry("cat", requests_per_minute=2),
+        entry("eve", tokens_per_minute=30),
+        entry("old"),
+    ]
     path.write_text(json.dumps({"keys": keys}))
     return path
 
@@ -134,6 +140,19 @@ def test_files_are_their_tenants_own(server: Server) -> None:
             other.files.retrieve(file.id)
         with pytest.raises(openai.NotFoundError):
             other.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+
+def test_a_batch_is_on_its_keys_quota(server: Server) -> None:
+    """Its lines use up what the key may ask in a minute."""
+    lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": BODY} for n in range(2)]
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="cat", max_retries=0) as client:
+        text = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("in.jsonl", text), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        server.wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", "the batch")
+    assert ask(server, "cat").status_code == 429
+    told = [event for event in server.events("request") if event.get("key") == "cat"]
+    assert [event["outcome"] for event in told] == ["length", "length"]
 
 
 def test_deadlines_end_what_waits_and_what_streams(server: Server) -> None:
