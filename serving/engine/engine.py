@@ -92,9 +92,10 @@ class Engine:
     ) -> None:  # fmt: skip
         """Queues a sequence. One whose structure cannot be used is answered, by the next step, with what is wrong."""
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
-        matcher = None if params.structure is None else self.structures.matcher(params.structure)
-        if matcher is not None and matcher.error:
-            self._refused.append(Output(seq_id, matcher.error, 0, finish_reason="error", queue_s=0.0))
+        try:
+            matcher = None if params.structure is None else self.structures.matcher(params.structure)
+        except ValueError as error:
+            self._refused.append(Output(seq_id, str(error), 0, finish_reason="error", queue_s=0.0))
             return
         seq = Sequence(
             seq_id, prompt_ids, params,

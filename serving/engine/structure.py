@@ -22,7 +22,7 @@ LEXER_FUEL = 50_000
 
 
 class Matcher:
-    """One answer's place in its structure. `error` says what is wrong with the structure, or went wrong on the way."""
+    """One answer's place in its structure. `error` says what went wrong on the way, such as a limit that was met."""
 
     def __init__(self, matcher: "llguidance.LLMatcher") -> None:
         self._matcher = matcher
@@ -52,7 +52,7 @@ class Structures:
         self._tokenizer: llguidance.LLTokenizer | None = None  # made at the first use: it takes a while
 
     def matcher(self, structure: Structure) -> Matcher:
-        """A matcher at the beginning of `structure`; one that cannot be used has an `error`."""
+        """A matcher at the beginning of `structure`. Raises `ValueError` when there can be none."""
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if self._tokenizer is None:
@@ -66,7 +66,10 @@ class Structures:
             "grammar": LLMatcher.grammar_from_lark,
         }
         limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
-        return Matcher(LLMatcher(self._tokenizer, compile_[structure.kind](structure.text), limits=limits))
+        made = Matcher(LLMatcher(self._tokenizer, compile_[structure.kind](structure.text), limits=limits))
+        if made.error:
+            raise ValueError(made.error)
+        return made
 
 
 def mask(logits_BV: Tensor, matchers: list[Matcher]) -> Tensor:

@@ -5,6 +5,7 @@
 // of keys, and the answer is probabilities times a block of values. Several rows of queries share what was read: the
 // heads of one group, and neighbouring tokens of a prompt.
 
+#include "pool.h"
 #include "tile.h"
 
 constexpr long BLOCK = 16;            // tokens
@@ -170,13 +171,11 @@ void attend(
     const Cache cache{cache_data, half != 0, kv_heads, dim};
     const Queries queries{q, stride, heads / kv_heads, 1.0f / std::sqrt((float)dim), out, heads * dim};
     const std::vector<Unit> work = units(items, count, kv_heads, queries.group);
-#pragma omp parallel num_threads(threads)
-    {
-        Scratch scratch;
-#pragma omp for schedule(dynamic)
-        for (long i = 0; i < count; ++i) put_tokens(cache, items[i], tables, k, v, stride);
-#pragma omp for schedule(dynamic)
-        for (size_t u = 0; u < work.size(); ++u) attend_unit(work[u], cache, queries, tables, scratch);
-    }
+    Pool& pool = Pool::shared();
+    pool.run(count, threads, [&](long i) { put_tokens(cache, items[i], tables, k, v, stride); });
+    pool.run(work.size(), threads, [&](long u) {
+        static thread_local Scratch scratch;
+        attend_unit(work[u], cache, queries, tables, scratch);
+    });
 }
 }

@@ -2,6 +2,7 @@
 // float32, bfloat16, int8 or int4. A weight is read once for all rows: smaller formats are widened a piece at a time
 // into the first cache, or multiplied as they are where the processor has an instruction for it.
 
+#include "pool.h"
 #include "tile.h"
 
 #if defined(__AVX512BF16__)
@@ -139,6 +140,15 @@ static void panel_times_rows(
         std::copy_n(near.sums + r * PANEL, columns, y + (begin->first + r) * y_stride + panel * PANEL);
 }
 
+// Rows in parts that are worth handing to another thread.
+template <class F>
+static void each_row(long rows, long threads, F&& work) {
+    constexpr long PART = 32;
+    Pool::shared().run((rows + PART - 1) / PART, threads, [&](long part) {
+        for (long r = part * PART; r < std::min(rows, (part + 1) * PART); ++r) work(r);
+    });
+}
+
 extern "C" {
 
 long panel_columns() { return PANEL; }
@@ -154,42 +164,37 @@ void linear(
     const long panels = (outputs + PANEL - 1) / PANEL, tasks = (panels + TASK_PANELS - 1) / TASK_PANELS;
     const long near_tiles = CHUNK_BYTES / (4 * MAX_ROWS * inputs);
     const size_t chunk = std::clamp(near_tiles, 4L, CHUNK_TILES);
-#pragma omp parallel num_threads(threads)
-    {
-        Near near;
-#pragma omp for schedule(static)
-        for (size_t t = 0; t < all_tiles.size(); ++t) pack_rows(x, x_stride, all_tiles[t], inputs, pairs, packed);
-#pragma omp for schedule(dynamic) nowait
-        for (long task = 0; task < tasks; ++task)
-            for (size_t begin = 0; begin < all_tiles.size(); begin += chunk)
-                for (long p = task * TASK_PANELS; p < std::min(panels, (task + 1) * TASK_PANELS); ++p)
-                    panel_times_rows(
-                        w, packed, &all_tiles[begin], all_tiles.data() + std::min(begin + chunk, all_tiles.size()),
-                        p, pairs, y, y_stride, near);
-    }
+    Pool& pool = Pool::shared();
+    pool.run(all_tiles.size(), threads, [&](long t) { pack_rows(x, x_stride, all_tiles[t], inputs, pairs, packed); });
+    pool.run(tasks, threads, [&](long task) {
+        static thread_local Near near;
+        for (size_t begin = 0; begin < all_tiles.size(); begin += chunk)
+            for (long p = task * TASK_PANELS; p < std::min(panels, (task + 1) * TASK_PANELS); ++p)
+                panel_times_rows(
+                    w, packed, &all_tiles[begin], all_tiles.data() + std::min(begin + chunk, all_tiles.size()),
+                    p, pairs, y, y_stride, near);
+    });
 }
 
 // y = x / √(mean x² + eps) · weight, row by row.
 void rms_norm(const float* x, const float* weight, float eps, long rows, long size, float* y, long threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 64)
-    for (long r = 0; r < rows; ++r) {
+    each_row(rows, threads, [&](long r) {
         const float* from = x + r * size;
         vec squares = {};
         for (long i = 0; i < size; i += LANES) squares += load(from + i) * load(from + i);
         const float by = 1.0f / std::sqrt(sum(squares) / size + eps);
         for (long i = 0; i < size; i += LANES) store(y + r * size + i, load(from + i) * by * load(weight + i));
-    }
+    });
 }
 
 // y (rows × size) = silu(gate) · up, where a row of x is gate and then up.
 void silu_multiply(const float* x, long rows, long size, float* y, long threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 16)
-    for (long r = 0; r < rows; ++r) {
+    each_row(rows, threads, [&](long r) {
         const float *gate = x + 2 * r * size, *up = gate + size;
         for (long i = 0; i < size; i += LANES) {
             const vec g = load(gate + i);
             store(y + r * size + i, g / (1.0f + vexp(-g)) * load(up + i));
         }
-    }
+    });
 }
 }

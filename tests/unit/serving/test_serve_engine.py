@@ -1,5 +1,6 @@
 """Whatever shares the batch, the cache or the memory with a sequence, its answer is the same, and no block is lost."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -146,9 +147,10 @@ def test_no_block_is_lost_and_everyone_is_answered(crowded: Engine, operations: 
     e, outputs = crowded, {}
     wanted: dict[int, int] = {}
     blocks = e.scheduler.blocks
+    seq_ids = itertools.count()
     for kind, number, more in operations:
         if kind == "add":
-            seq_id = len(wanted)
+            seq_id = next(seq_ids)
             wanted[seq_id] = more
             # Half of the prompts begin alike, so that blocks are shared while they come and go.
             ids = [1 + i % 50 for i in range(number)] if more % 2 else [1 + (i * number) % 300 for i in range(number)]
