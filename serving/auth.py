@@ -100,7 +100,11 @@ def _read(path: Path) -> list[Key]:
     try:
         keys = KeyFile.model_validate_json(path.read_bytes()).keys
     except OSError as error:
-        raise Refused(f"the API keys cannot be read: {error.strerror}", where=str(path), fix="Give a file") from None
+        raise Refused(
+            f"the API keys cannot be read: {error.strerror}",
+            where=str(path),
+            fix="Make its entries with `python -m serving.auth NAME`",
+        ) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

@@ -172,5 +172,9 @@ def test_refusals_are_one_line_and_exit_2(tiny: Path, tmp_path: Path, start_serv
     short = make_package(tmp_path / "short")
     (short / "model.safetensors").write_bytes(b"\x00" * 7)
     assert "model.safetensors" in refuse(short, "--port", "0")
+    assert str(tmp_path / "no.json") in refuse(tiny, "--port", "0", "--api-keys", tmp_path / "no.json")
+    assert "--session-store" in refuse(tiny, "--port", "0", "--session-store", "ftp://x")
+    assert "--files-dir" in refuse(tiny, "--port", "0", "--files-dir", short / "config.json")
+    assert f"127.0.0.1:{port}" in refuse(tiny, "--port", "0", "--admin-port", port)
     waiting.terminate()
     assert waiting.wait() == 0
