@@ -62,13 +62,16 @@ class Caller:
         return request.scope["caller"]
 
 
-def caller_with(key: Key, context: Context, *, request_id: str, **more: object) -> Caller:
+def caller_with(
+    key: Key, context: Context, *, request_id: str, trace: Trace | None = None, deadline_s: float | None = None
+) -> Caller:
     """The caller that presented `key`."""
     return Caller(
         request_id=request_id,
+        trace=trace,
         name=key.name,
         tenant=key.queue_as,
         priority=PRIORITIES[key.priority],
         quota=context.quotas.of(key),
-        **more,  # pyright: ignore[reportArgumentType]
+        deadline_s=deadline_s,
     )

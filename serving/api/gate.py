@@ -64,17 +64,17 @@ class Gate:
             return Caller(request_id, trace)
         if self.context.lifecycle.draining and path != "/metrics":
             raise ApiError(503, "The server is shutting down; try again", code="draining", retry_after_s=1)
-        more = {"trace": trace, "deadline_s": _deadline_s(headers)}
+        deadline_s = _deadline_s(headers)
         is_open = path in OPEN or path.startswith("/web/")
         if not is_open and scope["method"] == "POST" and self.context.memory.look():
             raise ApiError(503, "The server is short of memory; try again later", code="overloaded", retry_after_s=5)
         if self.context.keys is None or is_open:
-            return Caller(request_id, **more)
+            return Caller(request_id, trace, deadline_s=deadline_s)
         key = await self._key(headers)
         if key is None:
             message = "No valid API key was given. Send it as 'Authorization: Bearer <key>'"
             raise ApiError(401, message, code="invalid_api_key")
-        return caller_with(key, self.context, request_id=request_id, **more)
+        return caller_with(key, self.context, request_id=request_id, trace=trace, deadline_s=deadline_s)
 
     async def _key(self, headers: Headers) -> Key | None:
         """The key of the request: its own, or that of the chat page's session."""

@@ -117,7 +117,9 @@ def test_a_person_logs_in_asks_stops_comes_back_and_logs_out(
     page.click("#history button")
     page.wait_for_selector("#messages .user")
     assert page.inner_text("#messages .user >> nth=0") == "<b>Hello</b>"
-    page.screenshot(path=str(tmp_path / "chat.png"))
+    for width in (390, 1100):  # nothing sticks out, on a telephone either
+        page.set_viewport_size({"width": width, "height": 720})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     token = next(c["value"] for c in cookies if c["name"] == "slipway_session")
     with_cookie = {"cookie": f"slipway_session={token}"}
