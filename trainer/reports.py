@@ -24,6 +24,10 @@ class Reports:
         if ranks.first:
             self.metrics.serve()
         self.metrics.steps.set(config.steps)
+        if cursor.shortened:
+            which = f"{cursor.shortened} examples are longer than seq {config.seq} and are cut"
+            message = f"{which}; {cursor.left_out} of them have nothing left to learn"
+            log.emit("shortened", level="warning", count=cursor.shortened, message=message)
 
     def begin(self, step: int) -> None:
         """Drops what was said of the steps after `step`: they will be made again."""

@@ -44,7 +44,7 @@ class ChatTemplate:
         otherwise once others follow (thoughts that it drops later), that answer is read and not learnt. Raises Refused
         for what is no chat.
         """
-        _check(messages, where)
+        check_chat(messages, where=where)
         try:
             whole, answers = self.render(messages), []
             for number, message in enumerate(messages):
@@ -59,7 +59,8 @@ class ChatTemplate:
         return whole, answers
 
 
-def _check(messages: Any, where: str) -> None:
+def check_chat(messages: Any, *, where: str) -> None:
+    """Raises Refused for what is no list of messages."""
     fix = 'Write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
     if not isinstance(messages, list) or not messages:
         raise Refused("a row holds no list of messages", where=where, fix=fix)

@@ -44,6 +44,10 @@ class Cursor:
         ]
         self._shares = _shares([weight for _, weight in sources])
         self._block = -1
+        self.shortened = sum(windows.cut for windows, _ in sources if isinstance(windows, PackedExamples))
+        """Examples that are longer than a window."""
+        self.left_out = sum(windows.left_out for windows, _ in sources if isinstance(windows, PackedExamples))
+        """Those among them that have nothing left to learn."""
         self.wait_s = 0.0
         """Time spent in `batch` so far."""
 

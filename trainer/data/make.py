@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer.data.chat import ChatTemplate
+from trainer.data.chat import check_chat
 from trainer.data.config import ChatTask, ClassifyTask, DataConfig, TextTask
 from trainer.data.encode import SPLITS, Done, Job, batched_rows, encode_in_process, encode_part, is_held_out, part_rows
 from trainer.data.sources import Part, Reader, Row
@@ -124,8 +124,9 @@ class _Making:
         train, _ = part_rows(rows, task=task, share=config.held_out, seed=config.seed, cut_each=cut_each)
         for row in train:
             if isinstance(task, ChatTask):
-                template = ChatTemplate("{{ messages | map(attribute='content') | join('\n') }}", bos="", eos="")
-                yield template.with_answers(row.fields.get(task.field) or [], where=row.name)[0]
+                messages = row.fields.get(task.field)
+                check_chat(messages, where=row.name)
+                yield "\n".join(message["content"] for message in messages or [])
             else:
                 yield str(row.fields.get(task.field if isinstance(task, TextTask) else task.text) or "")
 

@@ -247,3 +247,20 @@ def test_a_package_with_other_tokens_and_adapters_of_nothing_are_refused(chats, 
     assert not (tmp_path / "run").exists()
     with pytest.raises(Refused, match="random weights learn nothing"):
         train(TrainConfig.model_validate({**TRAIN, "lora": {}}), data=dataset, run=tmp_path / "run", stop=StopSignal())
+
+
+@pytest.mark.slow
+def test_adapters_of_a_sharded_model_are_those_of_a_whole_one(chats, tmp_path):
+    package = their_package("Qwen3", tmp_path / "theirs", chats)
+    values = {key: value for key, value in TRAIN.items() if key != "model"}
+    values |= {"seq": 160, "steps": 4, "lora": {"rank": 4}, "optim": {"lr": 1e-2}}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+    words = ["--config", tmp_path / "train.yaml", f"data={chats.directory}", f"base={package}"]
+    flags = ["trainer.launch", "--standalone", "--nproc-per-node=2", "--"]
+    ended = run_program(*flags, *words, f"run={tmp_path / 'two'}", "parallelism.dp_shard=2")
+    assert ended.returncode == 0, ended.stderr
+    config, _ = read_train_command([*map(str, words), "run=R"])
+    train(config, data=chats.directory, run=tmp_path / "one", base=package, stop=StopSignal())
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (load_package(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)

@@ -264,6 +264,15 @@ def test_what_is_no_chat_is_refused(messages, said):
         ChatTemplate("x", bos="", eos="").with_answers(messages, where="row")
 
 
+def test_long_examples_are_cut_and_counted(chats):
+    cursor = Cursor.of(chats, seq=40, global_batch=1, seed=0)
+    lengths = chats.examples("train").lengths()
+    assert cursor.shortened == (lengths > 40).sum() > 0
+    assert cursor.left_out <= cursor.shortened
+    batch = cursor.batch(0, micro=0, micro_batch=1, rank=0, world=1)
+    assert (batch.targets_BL != NOTHING).any()
+
+
 def test_packed_rows_hold_every_example_once_an_epoch(chats):
     cursor = Cursor.of(chats, seq=160, global_batch=1, seed=0)
     rows = len(cursor._sources[0].windows)
