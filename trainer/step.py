@@ -43,7 +43,9 @@ def train_step(
     batches = [batch.tensors(ranks.device) for batch in drawn]
     targets = torch.stack([(targets != IGNORED).sum() for _, targets, _ in batches]).sum()
     loss_sum = accumulate(model, batches, ranks=ranks, autocast=precision(config.dtype, ranks.device))
-    norm = gradient_norm(model, ranks=ranks)
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(gradients, ranks=ranks)
     agreed = _agree(loss_sum, targets, norm, stop, ranks)
 
     # Gradients are of sums so far, averaged over ranks: now they become those of the mean, no longer than grad_clip.
@@ -57,7 +59,7 @@ def train_step(
             where=f"optim.lr {lr:g}",
             fix="Lower optim.lr or raise optim.warmup_steps, or set recover.bad_step to skip; the checkpoints are kept.",
         )
-    scale_gradients(model, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
+    scale_gradients(gradients, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.layout import Layout
 
@@ -106,7 +107,14 @@ def join_ranks(layout: Layout, *, independent_replicas: bool = False, timeout_s:
     if world > 1 and not dist.is_initialized():
         # Checkpoints are coordinated on the CPU, from a thread, while the GPU goes on: they need a back end of their own.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None)
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+        # torchrun keeps its store when it starts the ranks again: without a name of its own for each start, a quick rank
+        # would connect to the address that a dead one left there.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)  # pyright: ignore[reportPrivateImportUsage]
+        device_id = device if cuda else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     return place(layout, rank=rank, device=device, independent_replicas=independent_replicas)
 
 

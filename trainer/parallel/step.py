@@ -1,6 +1,5 @@
 """Forward and backward over the micro-batches of a step, and what is done with the gradients, in any layout."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -79,20 +78,16 @@ def _without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[Any
     return _FsdpWithoutSync(model) if isinstance(model, FSDPModule) else nullcontext()
 
 
-def gradient_norm(model: nn.Module | Pipeline, *, ranks: Ranks) -> Tensor:
+def gradient_norm(gradients: list[Tensor], *, ranks: Ranks) -> Tensor:
     """The norm of all gradients of the model, wherever they are; a scalar on the device."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = _plain(nn.utils.get_total_norm(gradients))
-    if isinstance(model, Pipeline):
-        assert ranks.mesh is not None
-        squares = norm.square()
-        dist.all_reduce(squares, group=ranks.mesh["pp"].get_group())
-        return squares.sqrt()
-    return norm
+    if ranks.mesh is None or ranks.mesh["pp"].size() == 1:
+        return norm
+    squares = norm.square()
+    dist.all_reduce(squares, group=ranks.mesh["pp"].get_group())
+    return squares.sqrt()
 
 
 @torch.no_grad()
-def scale_gradients(model: nn.Module | Pipeline, factor: float) -> None:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if gradients and math.isfinite(factor):
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+def scale_gradients(gradients: list[Tensor], factor: float) -> None:
+    torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
