@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.layout import Layout
+from trainer.parallel.start import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,7 @@ def join_ranks(layout: Layout, *, independent_replicas: bool = False, timeout_s:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
-        # torchrun keeps its store when it starts the ranks again: without a name of its own for each start, a quick rank
-        # would connect to the address that a dead one left there.
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start-{start}", store)  # pyright: ignore[reportPrivateImportUsage]
+        store = store_of_this_start(store, rank=rank, world=world)
         device_id = device if cuda else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     return place(layout, rank=rank, device=device, independent_replicas=independent_replicas)
