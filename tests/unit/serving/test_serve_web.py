@@ -65,7 +65,7 @@ def test_a_person_logs_in_asks_stops_comes_back_and_logs_out(
     page.goto(first.url + "/")
     page.fill("#key", "sk-slipway-wrong")
     page.click("text=Log in")
-    page.wait_for_function("document.getElementById('login-error').textContent !== ''")
+    page.wait_for_selector("#login-error:not(:empty)")
     assert page.is_hidden("#app")
     page.fill("#key", secret)
     page.click("text=Log in")
@@ -146,7 +146,7 @@ def test_without_keys_a_browser_keeps_its_own_conversations(tiny: Path, start_se
     page.reload()
     page.wait_for_selector("#history div")
     page.click("#history .forget")
-    page.wait_for_function("document.querySelectorAll('#history div').length === 0")
+    page.wait_for_selector("#history div", state="detached")
     assert httpx.get(server.url + "/web/conversations").json() == {"conversations": []}
 
 
