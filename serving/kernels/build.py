@@ -52,6 +52,8 @@ def _level() -> tuple[str, ...]:
 
 
 def _digest(flags: tuple[str, ...]) -> str:
+    if not all((HERE / source).is_file() for source in SOURCES):
+        raise Unavailable("the kernels' sources are not installed")
     text = b"".join((HERE / source).read_bytes() for source in SOURCES) + " ".join((*FLAGS, *flags)).encode()
     return hashlib.sha256(text).hexdigest()[:16]
 
