@@ -16,7 +16,7 @@ STARTING = 5.0
 
 
 class Watchdog:
-    """An alarm that `beat` puts off. The stacks go to `run/stacks/rank-N.txt`, which is not there after a good end."""
+    """An alarm that `beat` puts off. The stacks go to `run/stacks/rank-N.txt`, which is not there where nothing hung."""
 
     def __init__(self, run: Path, *, rank: int, timeout_s: float) -> None:
         self._path, self._timeout_s = run / "stacks" / f"rank-{rank:05d}.txt", timeout_s
@@ -39,7 +39,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         assert self._file is not None
         self._file.close()
-        if self._path.stat().st_size == 0 or error is None:
+        if self._path.stat().st_size == 0:
             self._path.unlink()
         with suppress(OSError):  # another rank's stacks are in it, or the last of them has removed it
             self._path.parent.rmdir()
