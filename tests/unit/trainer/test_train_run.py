@@ -62,7 +62,13 @@ def undisturbed(dataset, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_contract_says(undisturbed):
-    assert sorted(path.name for path in undisturbed.iterdir()) == ["checkpoints", "cost.png", "log.jsonl", "loss.png", "model"]
+    assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "checkpoints",
+        "cost.png",
+        "log.jsonl",
+        "loss.png",
+        "model",
+    ]
     names = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000008", "step-00000012"]
     provenance = json.loads((undisturbed / "model" / "slipway.json").read_text())

@@ -65,7 +65,10 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_metrics_have_the_contract_s_names_and_the_last_values(port: int) -> None:
     metrics = TrainMetrics()
     metrics.serve()
-    metrics.show({"step": 7, "loss": 2.5, "lr": 0.1, "tokens_per_s": 1000.0, "grad_norm": 1.5, "at": 1.0})
+    ratios = ("data_wait", "goodput", "mfu", "hfu", "step_to_planned", "memory_to_planned")
+    costs = {"step_s": 0.1, "tokens_per_s_per_rank": 500.0, "memory_peak_bytes": 1, "memory_reserved_peak_bytes": 2}
+    row = {"step": 7, "loss": 2.5, "lr": 0.1, "tokens_per_s": 1000.0, "grad_norm": 1.5, "at": 1.0}
+    metrics.show({**row, **costs, **{f"{name}_ratio": 0.5 for name in ratios}})
     metrics.tokens.inc(64)
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     section = CONTRACT.split("## Metrics")[1].split("Serving:")[0]
