@@ -22,7 +22,7 @@ clean: .venv/installed ## `down`, and remove datasets, checkpoints and the regis
 	@$(BIN)/slipway local down -s $(STACK) --volumes
 
 test: .venv/dev lint ## Set up, check style, types and imports, run all tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/dev ## Style, types, and who may import whom
 	@$(BIN)/ruff check .

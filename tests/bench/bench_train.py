@@ -56,11 +56,12 @@ def ours(model: Decoder, cursor: Cursor) -> Callable[[int], None]:
 def bare(model: Decoder, cursor: Cursor) -> Callable[[int], None]:
     """Model, loss, optimizer step; nothing else, not even clipping. The batches are drawn beforehand."""
     optimizer = make_optimizer(model, CONFIG.optim)
-    batches = [torch.from_numpy(cursor.batch(n, micro=0, micro_batch=2, rank=0, world=1)) for n in range(TURN_STEPS)]
+    drawn = (cursor.batch(n, micro=0, micro_batch=2, rank=0, world=1) for n in range(TURN_STEPS))
+    batches = [batch.tensors(torch.device("cpu")) for batch in drawn]
 
     def step(number: int) -> None:
-        tokens = batches[number % TURN_STEPS]
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        tokens, targets, _ = batches[number % TURN_STEPS]
+        model(tokens, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -91,8 +92,10 @@ def transformers_turn(cursor: Cursor) -> Callable[[], float]:
             tie_word_embeddings=True,
         )
     )
-    windows = np.concatenate([cursor.batch(n, micro=0, micro_batch=2, rank=0, world=1) for n in range(TURN_STEPS)])
-    examples = [{"input_ids": torch.from_numpy(row[:-1]), "labels": torch.from_numpy(row[:-1])} for row in windows]
+    windows = np.concatenate(
+        [cursor.batch(n, micro=0, micro_batch=2, rank=0, world=1).tokens_BL for n in range(TURN_STEPS)]
+    )
+    examples = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in windows]
 
     def turn() -> float:
         arguments = TrainingArguments(

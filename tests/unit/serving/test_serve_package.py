@@ -116,14 +116,14 @@ def test_the_template_is_rendered_in_a_sandbox(tmp_path: Path) -> None:
     root = make_package(tmp_path / "p")
     template = ChatTemplate.read(root)
     assert template is not None
-    assert template.render([{"role": "user", "content": "{{ 1 }}"}]) == "<|user|>{{ 1 }}\n<|assistant|>"
+    assert template.render([{"role": "user", "content": "{{ 1 }}"}], tools=[]) == "<|user|>{{ 1 }}\n<|assistant|>"
     with pytest.raises(ValueError, match="unknown role"):
-        template.render([{"role": "pirate", "content": ""}])
+        template.render([{"role": "pirate", "content": ""}], tools=[])
     (root / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     hostile = ChatTemplate.read(root)
     assert hostile is not None
     with pytest.raises(ValueError, match="unsafe"):
-        hostile.render([])
+        hostile.render([], tools=[])
 
 
 @given(text=st.text(max_size=40))
