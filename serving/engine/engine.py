@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from serving import logs
 from serving.cache import open_store
 from serving.engine.attention import KVPool, Pool
 from serving.engine.attention_cpu import CpuPool
@@ -216,7 +217,10 @@ def _device(settings: Settings) -> torch.device:
 def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
     """The compiled kernels, where the machine and the model's shape allow them."""
     found = kernels() if device.type == "cpu" and fits(config) else None
-    return found if isinstance(found, Kernels) else None
+    if isinstance(found, str):
+        logs.event("slow_kernels", level="warning", message=f"torch computes alone, more slowly: {found}")
+        return None
+    return found
 
 
 def _pool(
