@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from infra.components.recordings import recording_rules
 from infra.spec import Objectives, Service, Stack
 
 Json = dict[str, Any]
@@ -11,8 +12,8 @@ SERVER_ERRORS = 'outcome=~"error|unavailable"'
 
 
 def rule_groups(stack: Stack) -> list[Json]:
-    """`spec.groups` of the PrometheusRule: one group a service, one for the training."""
-    groups = [_service(service, stack) for service in stack.services]
+    """`spec.groups` of the PrometheusRule: one group a service (and one of what is recorded for it), one for the training."""
+    groups = [group for service in stack.services for group in (*_recordings(service, stack), _service(service, stack))]
     return [*groups, _training(stack)] if stack.training else groups
 
 
@@ -35,25 +36,17 @@ def error_share(stack: Stack, service: Service, window: str) -> str:
     return f"sum(rate({bad}[{window}])) / sum(rate({series('slipway_serve_requests_total', stack, service)}[{window}]))"
 
 
+def _recordings(service: Service, stack: Stack) -> list[Json]:
+    rules = recording_rules(service, stack)
+    return [{"name": f"slipway-{service.name}-metrics", "rules": rules}] if rules else []
+
+
 def _service(service: Service, stack: Stack) -> Json:
     goals: Objectives = stack.monitoring.objectives
     burn = FAST_BURN * (1 - goals.availability)
     ready = series("slipway_serve_ready", stack, service)
     rules = [
-        _alert(
-            "SlipwayTimeToFirstTokenHigh",
-            f"{p95('slipway_serve_ttft_seconds', stack, service)} > {goals.ttft_p95_s}",
-            wait="10m",
-            severity="warning",
-            summary=f"{service.name}: 95% of first tokens take longer than {goals.ttft_p95_s} s",
-        ),
-        _alert(
-            "SlipwayTimePerTokenHigh",
-            f"{p95('slipway_serve_tpot_seconds', stack, service)} > {goals.tpot_p95_s}",
-            wait="10m",
-            severity="warning",
-            summary=f"{service.name}: tokens come slower than one in {goals.tpot_p95_s} s (95th percentile)",
-        ),
+        *_latencies(service, stack),
         _alert(
             "SlipwayErrorBudgetBurning",
             f"{error_share(stack, service, '1h')} > {burn:.6g} and {error_share(stack, service, '5m')} > {burn:.6g}",
@@ -84,6 +77,33 @@ def _service(service: Service, stack: Stack) -> Json:
             )
         )
     return {"name": f"slipway-{service.name}", "rules": rules}
+
+
+def _latencies(service: Service, stack: Stack) -> list[Json]:
+    """Of a runtime that does not measure a latency nothing is said: an alert on no data would never fire."""
+    goals, runtime = stack.monitoring.objectives, stack.runtime(service)
+    rules: list[Json] = []
+    if runtime.emits("slipway_serve_ttft_seconds"):
+        rules.append(
+            _alert(
+                "SlipwayTimeToFirstTokenHigh",
+                f"{p95('slipway_serve_ttft_seconds', stack, service)} > {goals.ttft_p95_s}",
+                wait="10m",
+                severity="warning",
+                summary=f"{service.name}: 95% of first tokens take longer than {goals.ttft_p95_s} s",
+            )
+        )
+    if runtime.emits("slipway_serve_tpot_seconds"):
+        rules.append(
+            _alert(
+                "SlipwayTimePerTokenHigh",
+                f"{p95('slipway_serve_tpot_seconds', stack, service)} > {goals.tpot_p95_s}",
+                wait="10m",
+                severity="warning",
+                summary=f"{service.name}: tokens come slower than one in {goals.tpot_p95_s} s (95th percentile)",
+            )
+        )
+    return rules
 
 
 def _training(stack: Stack) -> Json:

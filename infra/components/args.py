@@ -18,6 +18,7 @@ from infra.components.node_pool import GpuNodePoolArgs
 from infra.components.pipeline import Pipeline, helper_resources, pipeline, training_resources
 from infra.components.promotion import PromotionArgs
 from infra.components.router import RouterArgs
+from infra.components.server import scraped_port
 from infra.components.stage import Image
 from infra.components.tenancy import TenancyArgs
 from infra.components.training_job import TrainingJobArgs
@@ -162,15 +163,24 @@ def inference_service(platform: Platform, service: Service, server: Image) -> In
 
 def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
     assert service.autoscaling is not None
-    return AutoscalerArgs(scope=platform.scope, service=service.name, autoscaling=service.autoscaling)
+    return AutoscalerArgs(
+        scope=platform.scope,
+        service=service.name,
+        autoscaling=service.autoscaling,
+        by_replica=platform.stack.runtime(service).counts_in_flight,
+    )
 
 
 def router(platform: Platform) -> RouterArgs:
+        runtime=platform.stack.runtime(service),
     stack = platform.stack
     return RouterArgs(
         scope=platform.scope,
         router=stack.router,
+        kv_tokens=plan.service(service.name).kv_tokens,
         services=stack.services,
+        shared_storage=platform.stack.storage.shared,
+        storage_class=platform.stack.storage.class_name,
         image=stack.images.router,
         placement=beside_pools(stack, [service.pool for service in stack.services]),
     )
@@ -185,6 +195,7 @@ def network(platform: Platform) -> NetworkArgs:
     stack = platform.stack
     return NetworkArgs(
         scope=platform.scope,
+        runtimes=[stack.runtime(service) for service in stack.services],
         trains=stack.training is not None,
         serves=bool(stack.services),
         client_namespaces=stack.tenancy.ingress_from_namespaces,
@@ -196,3 +207,4 @@ def network(platform: Platform) -> NetworkArgs:
 
 def monitoring(platform: Platform) -> MonitoringArgs:
     return MonitoringArgs(scope=platform.scope, stack=platform.stack)
+        scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),

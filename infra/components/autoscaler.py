@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pulumi
 from pulumi_kubernetes.autoscaling import v2 as autoscaling
+from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
 
 from infra.components.common import Scope
 from infra.spec import Autoscaling
@@ -17,15 +18,16 @@ class AutoscalerArgs:
     service: str
     """Name of the Deployment."""
     autoscaling: Autoscaling
+    by_replica: bool
+    """Each replica says how many requests it holds; else the router does, for all of them together."""
 
 
 class Autoscaler(pulumi.ComponentResource):
-    """A HorizontalPodAutoscaler on the Pods metric `METRIC`, which a metrics adapter serves from Prometheus."""
+    """A HorizontalPodAutoscaler on `METRIC`, which a metrics adapter serves from Prometheus, by pod or as an external metric."""
 
     def __init__(self, name: str, args: AutoscalerArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("slipway:index:Autoscaler", name, None, opts)
         wanted = args.autoscaling
-        target = autoscaling.MetricTargetArgs(type="AverageValue", average_value=_quantity(wanted.target_in_flight))
         autoscaling.HorizontalPodAutoscaler(
             f"{name}-hpa",
             metadata=args.scope.meta(args.service, component="serve", annotations={"pulumi.com/skipAwait": "true"}),
@@ -35,19 +37,28 @@ class Autoscaler(pulumi.ComponentResource):
                 ),
                 min_replicas=wanted.min_replicas,
                 max_replicas=wanted.max_replicas,
-                metrics=[
-                    autoscaling.MetricSpecArgs(
-                        type="Pods",
-                        pods=autoscaling.PodsMetricSourceArgs(
-                            metric=autoscaling.MetricIdentifierArgs(name=METRIC), target=target
-                        ),
-                    )
-                ],
+                metrics=[_metric(args)],
                 behavior=_behavior(wanted.scale_down_after_s),
             ),
             opts=pulumi.ResourceOptions(parent=self),
         )
         self.register_outputs({})
+
+
+def _metric(args: AutoscalerArgs) -> autoscaling.MetricSpecArgs:
+    """Either way the target is what one replica should hold: of an external metric, `AverageValue` is its share."""
+    amount = _quantity(args.autoscaling.target_in_flight)
+    target = autoscaling.MetricTargetArgs(type="AverageValue", average_value=amount)
+    if args.by_replica:
+        metric = autoscaling.MetricIdentifierArgs(name=METRIC)
+        return autoscaling.MetricSpecArgs(
+            type="Pods", pods=autoscaling.PodsMetricSourceArgs(metric=metric, target=target)
+        )
+    selector = LabelSelectorArgs(match_labels={"inference_service": args.service})
+    metric = autoscaling.MetricIdentifierArgs(name=METRIC, selector=selector)
+    return autoscaling.MetricSpecArgs(
+        type="External", external=autoscaling.ExternalMetricSourceArgs(metric=metric, target=target)
+    )
 
 
 def _behavior(scale_down_after_s: int) -> autoscaling.HorizontalPodAutoscalerBehaviorArgs:

@@ -50,22 +50,31 @@ def training_dashboard(stack: Stack) -> str:
 
 
 def _service_panels(stack: Stack, service: Service) -> list[timeseries.Panel]:
-    goals = stack.monitoring.objectives
+    """The panels of what the service's runtime measures, or the router for it."""
+    goals, runtime = stack.monitoring.objectives, stack.runtime(service)
     in_flight = series("slipway_serve_requests_in_flight", stack, service)
     by_outcome = f"sum by (outcome) (rate({series('slipway_serve_requests_total', stack, service)}[5m]))"
     output = f"sum(rate({series('slipway_serve_output_tokens_total', stack, service)}[5m]))"
     ttft, tpot = (p95(f"slipway_serve_{name}_seconds", stack, service) for name in ("ttft", "tpot"))
     target = service.autoscaling.target_in_flight if service.autoscaling else None
-    return [
-        _panel("Time to first token, p95", "s", [("p95", ttft)], limit=goals.ttft_p95_s),
-        _panel("Time per output token, p95", "s", [("p95", tpot)], limit=goals.tpot_p95_s),
-        _panel("Requests in flight, by replica", "short", [("{{pod}}", in_flight)], limit=target),
-        _panel("Requests by outcome", "reqps", [("{{outcome}}", by_outcome)]),
-        _panel("Errors", "percentunit", [("share", error_share(stack, service, "5m"))], limit=1 - goals.availability),
-        _panel("Output tokens per second", "short", [("tokens/s", output)]),
-        _panel("KV cache in use", "percentunit", [("{{pod}}", series("slipway_serve_kv_used_ratio", stack, service))]),
-        _panel("Replicas ready", "short", [("ready", f"sum({series('slipway_serve_ready', stack, service)})")]),
-    ]
+    kv_used = series("slipway_serve_kv_used_ratio", stack, service)
+    panels = {
+        "slipway_serve_ttft_seconds": _panel("Time to first token, p95", "s", [("p95", ttft)], limit=goals.ttft_p95_s),
+        "slipway_serve_tpot_seconds": _panel(
+            "Time per output token, p95", "s", [("p95", tpot)], limit=goals.tpot_p95_s
+        ),
+        "in flight": _panel("Requests in flight, by replica", "short", [("{{pod}}", in_flight)], limit=target),
+        "outcomes": _panel("Requests by outcome", "reqps", [("{{outcome}}", by_outcome)]),
+        "errors": _panel(
+            "Errors", "percentunit", [("share", error_share(stack, service, "5m"))], limit=1 - goals.availability
+        ),
+        "slipway_serve_output_tokens_total": _panel("Output tokens per second", "short", [("tokens/s", output)]),
+        "slipway_serve_kv_used_ratio": _panel("KV cache in use", "percentunit", [("{{pod}}", kv_used)]),
+        "ready": _panel(
+            "Replicas ready", "short", [("ready", f"sum({series('slipway_serve_ready', stack, service)})")]
+        ),
+    }
+    return [panel for of, panel in panels.items() if not of.startswith("slipway_") or runtime.emits(of)]
 
 
 def _board(stack: Stack, subject: str) -> dashboard.Dashboard:

@@ -1,31 +1,34 @@
 """Envoy's bootstrap as a plain dict: a pure function of the router's spec and the services behind it.
 
 Every service is reached under the path prefix `/NAME/`, which is taken off (an OpenAI client's `base_url` is then
-`http://ENDPOINT/NAME/v1`); a stack's only service under `/` too. Reference: https://www.envoyproxy.io/docs/envoy/latest/api-v3/.
+`http://ENDPOINT/NAME/v1`); a stack's only service under `/` too. How a replica is chosen, and left alone, is `balancing`'s.
+Reference: https://www.envoyproxy.io/docs/envoy/latest/api-v3/.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra.components.balancing import (
+    affinity_filters,
+    balance_limit,
+    circuit_breakers,
+    hash_policy,
+    lb_policy,
+    outlier_detection,
+)
+from infra.components.balancing import retries as retry_policy
 from infra.spec import Router
 
 Json = dict[str, Any]
 TYPES = "type.googleapis.com/envoy"
 HTTP_PORT, METRICS_PORT, ADMIN_PORT = 10000, 9090, 9901
-LB_POLICY = {
-    "round_robin": "ROUND_ROBIN",
-    "random": "RANDOM",
-    "least_request": "LEAST_REQUEST",
-    "ring_hash": "RING_HASH",
-    "maglev": "MAGLEV",
-}
 CONNECTION_AGE_S = 30
 """Age at which a client's connection is asked to close after its present request, so that none outlives a drain unasked."""
 BUFFER_BYTES = 8 << 20
 """Longest request body that can be sent again to another replica."""
 MANY = 1 << 16
-"""No limit here: how much may wait, the server knows by tokens, and answers 429."""
+"""Connections of clients that one router pod takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,10 @@ class Backend:
     name: str
     host: str
     port: int
+    ready: str
+    """Path that answers 200 when a request would be answered now."""
+    paths: tuple[str, ...]
+    """Beginnings of the paths that are passed on."""
 
 
 def bootstrap(router: Router, backends: Sequence[Backend]) -> Json:
@@ -99,7 +106,7 @@ def _public(router: Router, backends: Sequence[Backend]) -> Json:
             "request_headers_timeout": "10s",
             "local_reply_config": _errors(),
             "route_config": {"name": "public", "virtual_hosts": hosts},
-            "http_filters": [*_affinity_filter(router), _router_filter()],
+            "http_filters": [*affinity_filters(router), _router_filter()],
         },
     )
 
@@ -128,69 +135,29 @@ def _header(key: str, value: str) -> Json:
 
 
 def _routes(router: Router, backend: Backend, *, prefix: str) -> list[Json]:
-    """What stays inside first; then everything else below `prefix`."""
+    """What stays inside first; then what the runtime passes on, below `prefix`."""
     inside = {
         "match": {"prefix": f"{prefix}metrics"},
         "direct_response": {"status": 404, "body": {"inline_string": "no such path"}},
     }
+    return [inside, *(_route(router, backend, prefix=prefix, path=path) for path in backend.paths)]
+
+
+def _route(router: Router, backend: Backend, *, prefix: str, path: str) -> Json:
     action: Json = {
         "cluster": backend.name,
         # A completion may take as long as its stream; one that is not streamed is silent until its end.
         "timeout": "0s",
-        "idle_timeout": f"{router.stream_timeout_s}s",
+        "idle_timeout": f"{router.idle_timeout_s or router.stream_timeout_s}s",
         "max_stream_duration": {"max_stream_duration": f"{router.stream_timeout_s}s"},
-        "retry_policy": _retries(),
     }
+    if policy := retry_policy(router):
+        action["retry_policy"] = policy
     if prefix != "/":
-        action["prefix_rewrite"] = "/"
-    if hashes := _hash_policy(router):
+        action["prefix_rewrite"] = path
+    if hashes := hash_policy(router):
         action["hash_policy"] = hashes
-    return [inside, {"match": {"prefix": prefix}, "route": action}]
-
-
-def _retries() -> Json:
-    """Another replica, and only before the first byte of an answer: what has begun to stream is never sent twice."""
-    return {
-        "retry_on": "connect-failure,refused-stream,reset-before-request,retriable-status-codes",
-        # What a draining replica says, which has then done nothing.
-        "retriable_status_codes": [503],
-        "num_retries": 3,
-        "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.25s"},
-        "retry_host_predicate": [
-            {
-                "name": "envoy.retry_host_predicates.previous_hosts",
-                "typed_config": {"@type": f"{TYPES}.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
-            }
-        ],
-        "host_selection_retry_max_attempts": 5,
-    }
-
-
-def _hash_policy(router: Router) -> list[Json]:
-    """What ring_hash and maglev hash: the header, else the cookie (made when absent), else the client's address."""
-    if router.policy not in ("ring_hash", "maglev"):
-        return []
-    policies: list[Json] = []
-    if router.hash_header:
-        policies.append({"header": {"header_name": router.hash_header}, "terminal": True})
-    if router.cookie:
-        policies.append(
-            {"cookie": {"name": router.cookie, "ttl": f"{router.cookie_ttl_s}s", "path": "/"}, "terminal": True}
-        )
-    return [*policies, {"connection_properties": {"source_ip": True}}]
-
-
-def _affinity_filter(router: Router) -> list[Json]:
-    """A session cookie under the policies that hash nothing: it names the replica, as long as that one is healthy."""
-    if not router.cookie or router.policy in ("ring_hash", "maglev"):
-        return []
-    cookie = {"name": router.cookie, "path": "/", "ttl": f"{router.cookie_ttl_s}s"}
-    state = {"@type": f"{TYPES}.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState", "cookie": cookie}
-    typed = {
-        "@type": f"{TYPES}.extensions.filters.http.stateful_session.v3.StatefulSession",
-        "session_state": {"name": "envoy.http.stateful_session.cookie", "typed_config": state},
-    }
-    return [{"name": "envoy.filters.http.stateful_session", "typed_config": typed}]
+    return {"match": {"prefix": prefix + path.removeprefix("/")}, "route": action}
 
 
 def _router_filter() -> Json:
@@ -209,30 +176,19 @@ def _cluster(router: Router, backend: Backend) -> Json:
         "dns_refresh_rate": "2s",
         "respect_dns_ttl": False,
         "connect_timeout": "1s",
-        "lb_policy": LB_POLICY[router.policy],
+        **lb_policy(router),
         "load_assignment": {"cluster_name": backend.name, "endpoints": [{"lb_endpoints": [endpoint]}]},
         # Never to a replica that is not ready, even when none is: an honest 503 and not a hanging request.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}, **balance_limit(router)},
         "ignore_health_on_host_removal": True,
-        "health_checks": [_health_check()],
-        "outlier_detection": {
-            "consecutive_gateway_failure": 5,
-            "enforcing_consecutive_gateway_failure": 100,
-            "enforcing_consecutive_5xx": 0,
-            "enforcing_success_rate": 0,
-            "base_ejection_time": "10s",
-            "max_ejection_percent": 50,
-        },
-        "circuit_breakers": {
-            "thresholds": [
-                {"max_connections": MANY, "max_pending_requests": MANY, "max_requests": MANY, "max_retries": MANY}
-            ]
-        },
+        "health_checks": [_health_check(backend.ready)],
+        **outlier_detection(router),
+        "circuit_breakers": circuit_breakers(router),
     }
 
 
-def _health_check() -> Json:
-    """`/health/ready` each second, with traffic or without: the default would ask once a minute while nobody calls."""
+def _health_check(path: str) -> Json:
+    """Each replica's readiness each second, with traffic or without: the default would ask once a minute while nobody calls."""
     return {
         "timeout": "1s",
         "interval": "1s",
@@ -240,7 +196,7 @@ def _health_check() -> Json:
         "no_traffic_healthy_interval": "1s",
         "unhealthy_threshold": 2,
         "healthy_threshold": 1,
-        "http_health_check": {"path": "/health/ready"},
+        "http_health_check": {"path": path},
     }
 
 

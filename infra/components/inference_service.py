@@ -1,7 +1,6 @@
 """A served model: Deployment, Services, disruption budget. It follows a registry channel and comes up when that has a digest."""
 
 from dataclasses import dataclass
-from math import ceil
 
 import pulumi
 from pulumi_kubernetes.apps import v1 as apps
@@ -10,34 +9,36 @@ from pulumi_kubernetes.meta.v1 import LabelSelectorArgs, ObjectMetaArgs
 from pulumi_kubernetes.policy import v1 as policy
 
 from infra.clouds import Placement
-from infra.components.common import SKIP_AWAIT, Scope, resources, selector, threads_from_limit
+from infra.components.common import SKIP_AWAIT, Scope, digest, memory_quantity, selector
 from infra.components.model_registry import RegistryAccess
-from infra.components.pods import PodArgs, container, pod_template
+from infra.components.pods import PodArgs, pod_template
+from infra.components.server import PRE_STOP_S, Server, cache_claim, ports
 from infra.components.stage import Image
-from infra.spec import Service
+from infra.spec import Runtime, Service
 
-HTTP_PORT = 8000
 SCRAPED = {"slipway.dev/endpoints": "pods"}
 """Label of the Services by which Prometheus finds each replica once."""
-# Before SIGTERM: the time that Services, DNS and routers need to stop sending.
-PRE_STOP_S = 5
 # After the drain: closing sockets, the engine's exit.
 MARGIN_S = 10
-# Importing torch and starting CUDA before the port is open, with room for a cold disk.
-START_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceServiceArgs:
     scope: Scope
     service: Service
+    runtime: Runtime
     image: Image
     registry: RegistryAccess
     placement: Placement
     load_s: int
     """Estimated time to load the model, seconds."""
+    kv_tokens: int | None
+    """Tokens that the KV cache holds; None when the stack does not say the model's shape."""
     model_within_s: int
     """Time until the channel can be expected to have a model, seconds: a training of the same stack takes its hours."""
+    shared_storage: bool
+    """The storage class gives volumes that pods of several nodes share."""
+    storage_class: str | None
 
 
 class InferenceService(pulumi.ComponentResource):
@@ -45,6 +46,7 @@ class InferenceService(pulumi.ComponentResource):
         super().__init__("slipway:index:InferenceService", name, None, opts)
         service, scope = args.service, args.scope
         self.labels = selector("serve", service.name)
+        self.ports = ports(service, args.runtime)
         budget = policy.PodDisruptionBudget(
             f"{name}-budget",
             metadata=scope.meta(service.name, component="serve"),
@@ -59,16 +61,20 @@ class InferenceService(pulumi.ComponentResource):
         )
         self._service(name, service.name, scope, headless=False)
         self._service(f"{name}-pods", pods_service(service.name), scope, headless=True)
+        if service.cache_gib:
+            self._cache(name, args, size_gib=service.cache_gib)
         apps.Deployment(
             f"{name}-deployment",
             metadata=scope.meta(service.name, component="serve", annotations=SKIP_AWAIT),
-            spec=self._deployment(args),
+            spec=self._deployment(args, files=self._files(name, args)),
             opts=pulumi.ResourceOptions(parent=self, depends_on=[budget, *args.image.needs]),
         )
         self.register_outputs({"service": service.name})
 
     def _service(self, name: str, object_name: str, scope: Scope, *, headless: bool) -> None:
+        """A headless Service names pods, so its ports are theirs, all of them: Prometheus reads one."""
         labels = scope.labels("serve", self.labels["app.kubernetes.io/instance"])
+        shown = self.ports if headless else {"http": self.ports["http"]}
         core.Service(
             f"{name}-service",
             metadata=ObjectMetaArgs(
@@ -82,14 +88,53 @@ class InferenceService(pulumi.ComponentResource):
                 type="ClusterIP",
                 cluster_ip="None" if headless else None,
                 selector=self.labels,
-                # A headless Service names pods, so its port is theirs.
-                ports=[core.ServicePortArgs(name="http", port=HTTP_PORT, target_port="http", app_protocol="http")],
+                ports=[
+                    core.ServicePortArgs(name=port, port=number, target_port=port, app_protocol="http")
+                    for port, number in shown.items()
+                ],
             ),
             opts=pulumi.ResourceOptions(parent=self),
         )
 
-    def _deployment(self, args: InferenceServiceArgs) -> apps.DeploymentSpecArgs:
+    def _cache(self, name: str, args: InferenceServiceArgs, *, size_gib: float) -> None:
+        core.PersistentVolumeClaim(
+            f"{name}-cache",
+            metadata=args.scope.meta(cache_claim(args.service), component="storage", annotations=SKIP_AWAIT),
+            spec=core.PersistentVolumeClaimSpecArgs(
+                access_modes=["ReadWriteMany" if args.shared_storage else "ReadWriteOnce"],
+                storage_class_name=args.storage_class,
+                resources=core.VolumeResourceRequirementsArgs(requests={"storage": memory_quantity(size_gib)}),
+            ),
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+
+    def _files(self, name: str, args: InferenceServiceArgs) -> str | None:
+        """Name of the ConfigMap with the runtime's files; it follows the content, so that a change rolls the pods."""
+        files = args.runtime.files
+        if not files:
+            return None
+        object_name = f"{args.service.name}-runtime-{digest(files)}"
+        core.ConfigMap(
+            f"{name}-runtime",
+            metadata=args.scope.meta(object_name, component="serve"),
+            data=dict(files),
+            immutable=True,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        return object_name
+
+    def _deployment(self, args: InferenceServiceArgs, *, files: str | None) -> apps.DeploymentSpecArgs:
         service = args.service
+        server = Server(
+            service=service,
+            runtime=args.runtime,
+            image=args.image.reference,
+            registry=args.registry,
+            gpu_resource=args.scope.gpu_resource,
+            load_s=args.load_s,
+            kv_tokens=args.kv_tokens,
+            files=files,
+        )
         surge, unavailable = (1, 0) if service.surge else (0, 1)
         return apps.DeploymentSpecArgs(
             # Under an autoscaler the number of replicas is its own: a written one would fight it (pulumi-kubernetes#2491).
@@ -107,61 +152,16 @@ class InferenceService(pulumi.ComponentResource):
                     component="serve",
                     instance=service.name,
                     placement=args.placement,
-                    containers=[self._server(args)],
-                    volumes=[claim.volume for claim in args.registry.claims],
+                    containers=[server.container],
+                    init_containers=server.init_containers,
+                    volumes=server.volumes,
                     grace_s=PRE_STOP_S + service.drain_s + MARGIN_S,
                     spread=True,
                 ),
             ),
         )
 
-    def _server(self, args: InferenceServiceArgs) -> core.ContainerArgs:
-        service = args.service
-        # The port opens before the model is there, and `live` says so: what waits for its channel is not killed.
-        live = core.HTTPGetActionArgs(path="/health/live", port="http")
-        ready = core.HTTPGetActionArgs(path="/health/ready", port="http")
-        budget_s = START_S + 2 * args.load_s
-        return container(
-            name="server",
-            image=args.image.reference,
-            command=[
-                "python",
-                "-m",
-                "serving",
-                args.registry.channel(service.model, service.channel),
-                *_flags(service),
-            ],
-            resources=resources(service.resources, gpus=service.gpus, gpu_resource=args.scope.gpu_resource),
-            mounts=[claim.mount for claim in args.registry.claims],
-            ports={"http": HTTP_PORT},
-            variables=[threads_from_limit()],
-            lifecycle=core.LifecycleArgs(
-                pre_stop=core.LifecycleHandlerArgs(sleep=core.SleepActionArgs(seconds=PRE_STOP_S))
-            ),
-            startup=core.ProbeArgs(
-                http_get=live, period_seconds=2, timeout_seconds=2, failure_threshold=ceil(budget_s / 2)
-            ),
-            readiness=core.ProbeArgs(http_get=ready, period_seconds=2, timeout_seconds=2, failure_threshold=2),
-            # A minute without an answer: the process is stuck, and not merely busy.
-            liveness=core.ProbeArgs(http_get=live, period_seconds=10, timeout_seconds=5, failure_threshold=6),
-        )
-
 
 def pods_service(service: str) -> str:
     """Name of the headless Service that resolves to the ready pods of `service`."""
     return f"{service}-pods"
-
-
-def _flags(service: Service) -> list[str]:
-    flags = {
-        "--host": "0.0.0.0",  # noqa: S104 — a pod's own network; who may reach it, the NetworkPolicies say
-        "--port": "$(HTTP_PORT)",
-        "--served-name": service.model,
-        "--max-model-len": service.max_model_len,
-        "--max-num-seqs": service.max_num_seqs,
-        "--max-queued-tokens": service.max_queued_tokens,
-        "--kv-bytes": int(service.kv_gib * 2**30),
-        "--dtype": service.dtype,
-        "--drain-s": service.drain_s,
-    }
-    return [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]

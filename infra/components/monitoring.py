@@ -9,10 +9,12 @@ from pulumi_kubernetes.core import v1 as core
 from pulumi_kubernetes.meta.v1 import ObjectMetaArgs
 
 from infra.components.alerts import rule_groups
-from infra.components.common import Scope, component_selector
+from infra.components.common import Scope, component_selector, selector
 from infra.components.dashboards import serving_dashboard, training_dashboard
 from infra.components.inference_service import SCRAPED
-from infra.spec import Stack
+from infra.components.recordings import relabelings
+from infra.components.server import scraped_port
+from infra.spec import Service, Stack
 
 API = "monitoring.coreos.com/v1"
 
@@ -27,8 +29,9 @@ class Monitoring(pulumi.ComponentResource):
     def __init__(self, name: str, args: MonitoringArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("slipway:index:Monitoring", name, None, opts)
         stack = args.stack
+        for service in stack.services:
+            self._custom(name, "ServiceMonitor", service.name, args, _service_monitor(service, stack))
         if stack.services:
-            self._custom(name, "ServiceMonitor", "services", args, _service_monitor(stack))
             self._custom(name, "PodMonitor", "router", args, _pod_monitor("router", stack))
             self._dashboard(name, "serving", serving_dashboard(stack), args)
         if stack.training:
@@ -66,16 +69,18 @@ class Monitoring(pulumi.ComponentResource):
         )
 
 
-def _service_monitor(stack: Stack) -> dict[str, Any]:
-    """Each replica once, by the headless Services; the service's name becomes the label `inference_service`."""
-    naming = {
-        "sourceLabels": ["__meta_kubernetes_service_label_app_kubernetes_io_instance"],
-        "targetLabel": "inference_service",
+def _service_monitor(service: Service, stack: Stack) -> dict[str, Any]:
+    """Each replica once, by the headless Service, under Slipway's names; the service's name is the label `inference_service`."""
+    runtime = stack.runtime(service)
+    endpoint: dict[str, Any] = {
+        "port": scraped_port(service, runtime),
+        "path": runtime.metrics.path,
+        "interval": _interval(stack),
+        "relabelings": [{"targetLabel": "inference_service", "replacement": service.name}],
     }
-    return {
-        "selector": {"matchLabels": component_selector("serve") | SCRAPED},
-        "endpoints": [{"port": "http", "path": "/metrics", "interval": _interval(stack), "relabelings": [naming]}],
-    }
+    if renamed := relabelings(runtime):
+        endpoint["metricRelabelings"] = renamed
+    return {"selector": {"matchLabels": selector("serve", service.name) | SCRAPED}, "endpoints": [endpoint]}
 
 
 def _pod_monitor(component: str, stack: Stack) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class NetworkArgs:
     scope: Scope
     trains: bool
     serves: bool
+    scraped_ports: Sequence[str]
+    """Names of the ports at which replicas are scraped: `admin` where `http` asks for API keys."""
     client_namespaces: Sequence[str]
     """Namespaces whose pods may call the router, besides the stack's own."""
     public: bool
@@ -109,16 +111,18 @@ def _clients(args: NetworkArgs) -> _Flow:
 
 
 def _scrapes(args: NetworkArgs, namespace: str) -> list[_Flow]:
-    ports = ({"train": "metrics"} if args.trains else {}) | (
-        {"serve": "http", "router": "metrics"} if args.serves else {}
-    )
+    ports: dict[str, Sequence[str]] = {}
+    if args.trains:
+        ports["train"] = ("metrics",)
+    if args.serves:
+        ports |= {"serve": args.scraped_ports, "router": ("metrics",)}
     return [
         _Flow(
             name=f"monitoring-scrapes-{component}",
             pods=component_selector(component),
-            ingress=[net.NetworkPolicyIngressRuleArgs(from_=[_namespace(namespace)], ports=_tcp(port))],
+            ingress=[net.NetworkPolicyIngressRuleArgs(from_=[_namespace(namespace)], ports=_tcp(*names))],
         )
-        for component, port in ports.items()
+        for component, names in ports.items()
     ]
 
 
@@ -137,5 +141,5 @@ def _namespace(name: str) -> net.NetworkPolicyPeerArgs:
     return net.NetworkPolicyPeerArgs(namespace_selector=LabelSelectorArgs(match_labels={NAMESPACE_NAME: name}))
 
 
-def _tcp(port: int | str) -> list[net.NetworkPolicyPortArgs]:
-    return [net.NetworkPolicyPortArgs(protocol="TCP", port=port)]
+def _tcp(*ports: int | str) -> list[net.NetworkPolicyPortArgs]:
+    return [net.NetworkPolicyPortArgs(protocol="TCP", port=port) for port in ports]

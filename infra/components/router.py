@@ -20,10 +20,10 @@ from pulumi_kubernetes.policy import v1 as policy
 from infra.clouds import Placement
 from infra.components.common import SKIP_AWAIT, Scope, digest, read_only_config, resources, selector
 from infra.components.envoy import ADMIN_PORT, CONNECTION_AGE_S, HTTP_PORT, METRICS_PORT, Backend, bootstrap
-from infra.components.inference_service import HTTP_PORT as SERVER_PORT
 from infra.components.inference_service import pods_service
 from infra.components.pods import PodArgs, container, pod_template
-from infra.spec import PodResources, Service
+from infra.components.server import ready_path
+from infra.spec import PodResources, Runtime, Service
 from infra.spec import Router as RouterSpec
 
 NAME = "router"
@@ -37,6 +37,8 @@ class RouterArgs:
     scope: Scope
     router: RouterSpec
     services: Sequence[Service]
+    runtimes: Sequence[Runtime]
+    """What answers behind each of `services`."""
     image: str
     placement: Placement
 
@@ -45,7 +47,7 @@ class Router(pulumi.ComponentResource):
     def __init__(self, name: str, args: RouterArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("slipway:index:Router", name, None, opts)
         self.labels = selector("router", NAME)
-        backends = [Backend(name=s.name, host=pods_service(s.name), port=SERVER_PORT) for s in args.services]
+        backends = [backend(*pair) for pair in zip(args.services, args.runtimes, strict=True)]
         text = yaml.safe_dump(bootstrap(args.router, backends), sort_keys=True)
         # The name follows the content, so that a change rolls the pods, and those that are still there keep their file.
         config_name = f"{NAME}-{digest(text)}"
@@ -156,6 +158,17 @@ class Router(pulumi.ComponentResource):
                 ),
             ),
         )
+
+
+def backend(service: Service, runtime: Runtime) -> Backend:
+    """Where the ready replicas of `service` are, and what of them is shown."""
+    return Backend(
+        name=service.name,
+        host=pods_service(service.name),
+        port=runtime.port,
+        ready=ready_path(service, runtime),
+        paths=runtime.paths,
+    )
 
 
 def _await(expose: Literal["ClusterIP", "LoadBalancer"]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Sto
 from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Traffic
 from infra.spec.stack import Severity, Stack, schema, unknown
 from infra.spec.training import Data, Evaluate, Gate, ModelShape, Optim, Parallelism, PodResources, Training
+from infra.spec.runtimes import Runtime
 
 __all__ = [
     "Autoscaling",
@@ -32,6 +33,7 @@ __all__ = [
     "Storage",
     "Tenancy",
     "Traffic",
+    "Runtime",
     "Training",
     "load",
     "parse",

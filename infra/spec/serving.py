@@ -17,6 +17,7 @@ from infra.spec.base import (
     Share,
     Spec,
 )
+from infra.spec.runtimes import OWN, Api
 from infra.spec.training import Dtype, PodResources
 
 
@@ -66,6 +67,10 @@ class Service(Spec):
     """Name of the model: the `name` of the stack's training, or any in the registry."""
     channel: Name = "production"
     """Registry channel that it follows."""
+    runtime: Name = OWN
+    """What answers: `slipway`, `onnx`, `vllm`, `sglang`, `triton`, `tensorflow-serving`, or one of the stack's `runtimes`."""
+    api: Api = "openai"
+    """What its clients speak; a runtime that does not is refused."""
     pool: Name
     """Node pool that it runs on."""
     gpus: NonNegativeInt = 0
@@ -96,6 +101,10 @@ class Service(Spec):
     """The pool has room for one replica more during a roll-out; False: a roll-out needs none."""
     load_s: PositiveInt | None = None
     """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
+    api_keys_secret: Name | None = None
+    """Secret whose `keys.json` holds the hashes of API keys (`python -m serving.auth NAME` makes one); null: everyone may ask."""
+    cache_gib: PositiveFloat | None = None
+    """Volume that keeps copied models and compiled kernels over restarts, GiB; null: a new pod starts cold."""
 
     @property
     def fixed_replicas(self) -> int:
@@ -112,11 +121,39 @@ class Service(Spec):
         return self.autoscaling.max_replicas if self.autoscaling else self.fixed_replicas
 
 
+class OutlierEjection(Spec):
+    """When a replica that answers badly is left alone for a while."""
+
+    consecutive_errors: PositiveInt = 5
+    """5xx answers and broken connections in a row."""
+    ejected_s: PositiveInt = 10
+    """First time away, seconds; it grows with each further one."""
+    max_percent: Annotated[int, Field(ge=1, le=100)] = 50
+    """Replicas that may be away at once, percent."""
+
+
+class Circuit(Spec):
+    """What one router pod sends to a service at most; above it the answer is 503 at once, with `Retry-After`."""
+
+    connections: PositiveInt = 65_536
+    """Connections to its replicas."""
+    requests: PositiveInt = 65_536
+    """Requests in flight. The server's own limit is in tokens, and answers 429."""
+    pending: PositiveInt = 65_536
+    """Requests that wait for a connection."""
+    retries: PositiveInt = 64
+    """Retries in flight: in an outage they must not become the load."""
+
+
 class Router(Spec):
     policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
     """How a replica is chosen."""
     hash_header: str | None = None
-    """Request header that ring_hash and maglev hash; null: the client's address."""
+    """Request header that ring_hash and maglev hash; null: the cookie, the prompt's prefix, or the client's address."""
+    hash_prefix_chars: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Characters of the prompt's beginning that ring_hash and maglev hash: what begins alike finds the same prefix cache."""
+    hash_balance_percent: Annotated[int, Field(ge=100, le=10_000)] | None = None
+    """Most that ring_hash and maglev give a replica, percent of the mean; what is above goes to the next one. null: no limit."""
     cookie: str | None = None
     """Name of a session cookie: requests that carry it go to the replica that first answered."""
     cookie_ttl_s: PositiveInt = 3600
@@ -129,12 +166,28 @@ class Router(Spec):
     """Envoy pods."""
     stream_timeout_s: PositiveInt = 3600
     """Longest stream, seconds."""
+    idle_timeout_s: PositiveInt | None = None
+    """Longest silence in an answer, seconds; null: as long as a stream, since what is not streamed is silent until its end."""
+    retries: NonNegativeInt = 3
+    """Other replicas that are tried before the first byte of an answer; what has begun is never sent twice."""
+    outliers: OutlierEjection | None = OutlierEjection()
+    """Replicas that answer badly are left alone; null: never."""
+    circuit: Circuit = Circuit()
+    """Limits towards each service."""
 
     @model_validator(mode="after")
     def _hash_needs_a_hash_policy(self) -> Self:
-        if self.hash_header and self.policy not in ("ring_hash", "maglev"):
-            raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", "hash_header")
+        for key in ("hash_header", "hash_prefix_chars", "hash_balance_percent"):
+            if getattr(self, key) is not None and not self.hashes:
+                raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", key)
+        if self.hash_header and self.hash_prefix_chars:
+            raise Misplaced("a header is hashed already; leave one of the two out", "hash_prefix_chars")
         return self
+
+    @property
+    def hashes(self) -> bool:
+        """The policy sends what hashes alike to the same replica."""
+        return self.policy in ("ring_hash", "maglev")
 
 
 class Objectives(Spec):

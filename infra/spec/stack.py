@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, Spec
 from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
+from infra.spec.runtimes import Runtime, builtin
 from infra.spec.serving import Budget, Monitoring, Router, Service
+from infra.spec.suits import refuse_unsuited
 from infra.spec.training import Training
 
 Severity = Literal["error", "warn", "off"]
@@ -59,6 +61,8 @@ class Stack(Spec):
     """What is trained; null: nothing, the services use what the registry has."""
     services: tuple[Service, ...] = ()
     """What is served."""
+    runtimes: tuple[Runtime, ...] = ()
+    """Serving runtimes besides those that come with Slipway; one of the same name takes its place."""
     router: Router = Router()
     """What stands before the services."""
     monitoring: Monitoring = Monitoring()
@@ -83,6 +87,23 @@ class Stack(Spec):
             if pool not in pools:
                 raise Misplaced(unknown("node pool", pool, pools), *keys)
         return self
+
+    @model_validator(mode="after")
+    def _runtimes_suit(self) -> Self:
+        _refuse_twins("runtimes", (runtime.name for runtime in self.runtimes))
+        known = builtin() | {runtime.name: runtime for runtime in self.runtimes}
+        for index, service in enumerate(self.services):
+            keys = ("services", index)
+            if service.runtime not in known:
+                raise Misplaced(unknown("runtime", service.runtime, known), *keys, "runtime")
+            trained = self.trains(service) is not None
+            refuse_unsuited(service, known[service.runtime], trained=trained, keys=keys)
+        return self
+
+    def runtime(self, service: Service) -> Runtime:
+        """What answers behind `service`: the stack's own row of that name, else the one that comes with Slipway."""
+        own = {runtime.name: runtime for runtime in self.runtimes}
+        return own.get(service.runtime) or builtin()[service.runtime]
 
     def pool(self, name: str) -> NodePool:
         """The node pool called `name`, which exists (validated)."""

@@ -20,6 +20,7 @@ from infra.components.envoy import ADMIN_PORT, HTTP_PORT, METRICS_PORT, Backend,
 from infra.spec import Router
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
+CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",))
 
 
 class Replica(ThreadingHTTPServer):
@@ -93,7 +94,7 @@ def envoy(
     directory: Path, router: Router, replicas: list[Replica], **manager: Any
 ) -> Iterator[tuple[httpx.Client, str]]:
     """Envoy with the rendered configuration, moved to free ports of this machine; yields a client and the metrics' URL."""
-    config = bootstrap(router, [Backend(name="chat", host="chat-pods", port=8000)])
+    config = bootstrap(router, [CHAT])
     ports = dict(zip((HTTP_PORT, METRICS_PORT, ADMIN_PORT), free_ports(3), strict=True))
     moved = yaml.safe_dump(config)
     for port, free in ports.items():

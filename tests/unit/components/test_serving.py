@@ -158,7 +158,7 @@ def test_each_default_can_be_turned_off_by_name(rendered: Callable[..., Objects]
 
 
 def test_each_replica_is_scraped_once(stack: Objects) -> None:
-    monitor = stack.one("ServiceMonitor", "services")["spec"]
+    monitor = stack.one("ServiceMonitor", "chat")["spec"]
     wanted = monitor["selector"]["matchLabels"].items()
     chosen = [s for s in stack.kind("Service") if wanted <= s["metadata"]["labels"].items()]
     assert [s["metadata"]["name"] for s in chosen] == ["chat-pods"]

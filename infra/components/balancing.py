@@ -1,0 +1,149 @@
+"""How Envoy chooses a replica, stays with it, tries another and leaves one alone: the parts of its configuration that say so."""
+
+from typing import Any
+
+from infra.spec import Router
+
+Json = dict[str, Any]
+TYPES = "type.googleapis.com/envoy"
+LB_POLICY = {
+    "round_robin": "ROUND_ROBIN",
+    "random": "RANDOM",
+    "least_request": "LEAST_REQUEST",
+    "ring_hash": "RING_HASH",
+    "maglev": "MAGLEV",
+}
+RING_SIZE = 8192
+"""Points of the ring: with 1,024, the default, shares of three replicas differ by a tenth."""
+PREFIX_HEADER = "x-slipway-prefix"
+SEARCHED_BYTES = 1 << 20
+"""How far into a body the prompt is looked for."""
+FAILED = (500, 502, 503)
+"""Answers that another replica may better: a bug, a broken connection, a drain. 504 and 429 are meant."""
+
+
+def lb_policy(router: Router) -> Json:
+    ring = {"ring_hash_lb_config": {"minimum_ring_size": RING_SIZE}} if router.policy == "ring_hash" else {}
+    return {"lb_policy": LB_POLICY[router.policy], **ring}
+
+
+def balance_limit(router: Router) -> Json:
+    """Consistent hashing with bounded loads: a prompt that everybody sends spills over to the next replica."""
+    if router.hash_balance_percent is None:
+        return {}
+    return {"consistent_hashing_lb_config": {"hash_balance_factor": router.hash_balance_percent}}
+
+
+def hash_policy(router: Router) -> list[Json]:
+    """What ring_hash and maglev hash: header, else cookie (made when absent), else the prompt's prefix, else the client's address."""
+    if not router.hashes:
+        return []
+    policies: list[Json] = []
+    if router.hash_header:
+        policies.append({"header": {"header_name": router.hash_header}, "terminal": True})
+    if router.cookie:
+        policies.append(
+            {"cookie": {"name": router.cookie, "ttl": f"{router.cookie_ttl_s}s", "path": "/"}, "terminal": True}
+        )
+    if router.hash_prefix_chars:
+        policies.append({"header": {"header_name": PREFIX_HEADER}, "terminal": True})
+    return [*policies, {"connection_properties": {"source_ip": True}}]
+
+
+def affinity_filters(router: Router) -> list[Json]:
+    """Filters before the routing: one that names the prompt's prefix, or the session's replica."""
+    filters: list[Json] = []
+    if router.hash_prefix_chars:
+        typed = {
+            "@type": f"{TYPES}.extensions.filters.http.lua.v3.Lua",
+            "default_source_code": {"inline_string": _prefix_script(router.hash_prefix_chars)},
+        }
+        filters.append({"name": "envoy.filters.http.lua", "typed_config": typed})
+    if router.cookie and not router.hashes:
+        filters.append(_session_filter(router, router.cookie))
+    return filters
+
+
+def _session_filter(router: Router, name: str) -> Json:
+    """A session cookie under the policies that hash nothing: it names the replica, as long as that one is healthy."""
+    cookie = {"name": name, "path": "/", "ttl": f"{router.cookie_ttl_s}s"}
+    state = {"@type": f"{TYPES}.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState", "cookie": cookie}
+    typed = {
+        "@type": f"{TYPES}.extensions.filters.http.stateful_session.v3.StatefulSession",
+        "session_state": {"name": "envoy.http.stateful_session.cookie", "typed_config": state},
+    }
+    return {"name": "envoy.filters.http.stateful_session", "typed_config": typed}
+
+
+def _prefix_script(chars: int) -> str:
+    """Lua that puts a hash (djb2) of the prompt's first `chars` bytes into a header. A client's own header of that name is dropped."""
+    return f"""
+function envoy_on_request(request)
+  request:headers():remove("{PREFIX_HEADER}")
+  local body = request:body()
+  if body == nil then return end
+  local text = body:getBytes(0, math.min(body:length(), {SEARCHED_BYTES}))
+  local _, colon = string.find(text, '"messages"%s*:')
+  if colon == nil then _, colon = string.find(text, '"prompt"%s*:') end
+  if colon == nil then return end
+  local hash = 5381
+  for _, byte in ipairs({{string.byte(text, colon + 1, colon + {chars})}}) do
+    hash = (hash * 33 + byte) % 4294967296
+  end
+  request:headers():add("{PREFIX_HEADER}", string.format("%08x", hash))
+end
+"""
+
+
+def retries(router: Router) -> Json | None:
+    """Another replica, and only before the first byte of an answer: what has begun to stream is never sent twice.
+
+    A connection that breaks after the request was sent is not tried again: what made one replica die may be the request.
+    """
+    if not router.retries:
+        return None
+    return {
+        "retry_on": "connect-failure,refused-stream,reset-before-request,retriable-status-codes",
+        "retriable_status_codes": list(FAILED),
+        "num_retries": router.retries,
+        "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.25s"},
+        "retry_host_predicate": [
+            {
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {"@type": f"{TYPES}.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+            }
+        ],
+        "host_selection_retry_max_attempts": 5,
+    }
+
+
+def outlier_detection(router: Router) -> Json:
+    """Ejection by errors in a row; shares of success say little where there are three replicas."""
+    outliers = router.outliers
+    if outliers is None:
+        return {}
+    return {
+        "outlier_detection": {
+            "consecutive_5xx": outliers.consecutive_errors,
+            "enforcing_consecutive_5xx": 100,
+            "consecutive_gateway_failure": outliers.consecutive_errors,
+            "enforcing_consecutive_gateway_failure": 100,
+            "enforcing_success_rate": 0,
+            "base_ejection_time": f"{outliers.ejected_s}s",
+            "max_ejection_percent": outliers.max_percent,
+        }
+    }
+
+
+def circuit_breakers(router: Router) -> Json:
+    limits = router.circuit
+    return {
+        "thresholds": [
+            {
+                "max_connections": limits.connections,
+                "max_pending_requests": limits.pending,
+                "max_requests": limits.requests,
+                "max_retries": limits.retries,
+            }
+        ]
+    }
