@@ -42,6 +42,8 @@ class Metrics:
         self.itl = histogram("itl_seconds", "From one token to the next", PER_TOKEN_S)
         self.queue = histogram("queue_seconds", "From a request's arrival to its first step", LATENCY_S)
         self.kv_used = gauge("kv_used_ratio", "Share of the key-value blocks in use")
+        self.bandwidth = gauge("memory_bandwidth_ratio", "Share of the memory's bandwidth in the latest steps")
+        self.mfu = gauge("mfu_ratio", "Share of the peak FLOPs that the model's own were in the latest steps")
         self.free_bytes = gauge("memory_free_bytes", "Memory that this server may still take")
         self.ready = gauge("ready", "1 when a request would be answered now")
         self.model_info = gauge("model_info", "1 for the digest that is served", "digest")
@@ -63,6 +65,8 @@ class Metrics:
         self.in_flight.set(in_flight)
         self.queued_tokens.set(sum(engine.queued_tokens for engine in engines))
         self.kv_used.set(max((engine.kv_used_ratio for engine in engines), default=0.0))
+        self.bandwidth.set(max((engine.bandwidth_ratio for engine in engines), default=0.0))
+        self.mfu.set(max((engine.mfu_ratio for engine in engines), default=0.0))
         memory.look()
         self.free_bytes.set(memory.free_bytes)
         self.ready.set(ready)
@@ -91,6 +95,8 @@ class EngineCounters(Collector):
                 total.preemptions,
             ),
             ("aborts", "Sequences whose client left before their end", total.aborts),
+            ("adapter_loads", "Adapters read into memory", total.adapter_loads),
+            ("adapter_evictions", "Adapters that made room for others", total.adapter_evictions),
         ):
             yield CounterMetricFamily(f"slipway_serve_{name}", text, value=value)
 

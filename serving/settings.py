@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from serving.errors import Refused
 
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -28,6 +29,12 @@ class Settings:
     quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
     speculate_tokens: int = 0  # guessed from the text so far and checked in one step; 0: none
     device: str = "auto"
+    adapters: tuple[str, ...] = ()  # NAME=SOURCE: a directory in PEFT's layout, a registry entry or a channel file
+    adapters_dir: str | None = None  # each directory in it is an adapter, by its own name
+    max_adapters: int = 8  # in memory at once, …
+    adapter_bytes: int = 1 << 30  # … and the memory of all of them
+    peak_bytes_per_s: float | None = None  # of the memory; measured at start when not given
+    peak_flops_per_s: float | None = None
     drain_s: float = 30.0
     poll_s: float = 2.0
     max_request_s: float = 3600.0  # the longest that any request may take, whatever its client would wait
@@ -69,6 +76,21 @@ def _count(text: str) -> int:
     return _positive(int(text), text)
 
 
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?([eE]\+?\d{1,2})?", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no rate above 0, such as 2.0e11")
+    return float(text)
+
+
+def _adapter(text: str) -> str:
+    name, _, source = text.partition("=")
+    if not ADAPTER_NAME.fullmatch(name) or not source:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no NAME=SOURCE, where a name is of letters, digits, '.', '_', '-'"
+        )
+    return text
+
+
 def _port(text: str) -> int:
     if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"'{text}' is no port (0 to 65535)")
@@ -104,8 +126,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
     p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
     p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")
+    _add_engine_flags(p)
     _add_service_flags(p)
     return p
+
+
+def _add_engine_flags(p: argparse.ArgumentParser) -> None:
+    """Adapters, and what the hardware's use is measured against."""
+    p.add_argument(
+        "--adapter", dest="adapters", type=_adapter, action="append", metavar="NAME=SOURCE", default=[],
+        help="a LoRA adapter that requests may name as their model: a directory, a registry entry or a channel",
+    )  # fmt: skip
+    p.add_argument("--adapters-dir", metavar="DIR", help="each directory in it that holds an adapter, by its name")
+    p.add_argument("--max-adapters", type=_count, metavar="N", default=Settings.max_adapters, help="in memory at once")
+    p.add_argument("--adapter-bytes", type=parse_bytes, metavar="BYTES", default=Settings.adapter_bytes)
+    p.add_argument("--peak-bytes-per-s", type=_rate, metavar="RATE", help="the memory's bandwidth, for the metrics")
+    p.add_argument("--peak-flops-per-s", type=_rate, metavar="RATE", help="the processor's peak, for the metrics")
 
 
 def _add_service_flags(p: argparse.ArgumentParser) -> None:
@@ -132,4 +168,4 @@ def parse(argv: Sequence[str]) -> Settings:
         raise Refused(f"unknown argument '{unknown[0]}'", where="command line", fix=fix)
     if known.poll_s < 0.05:
         raise Refused(f"--poll-s {known.poll_s} is too short", where="command line", fix="Give at least 0.05")
-    return Settings(**vars(known))
+    return Settings(**{**vars(known), "adapters": tuple(known.adapters)})

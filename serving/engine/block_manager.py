@@ -122,8 +122,12 @@ class BlockManager:
             self._hash_of[block] = None
 
     def _extend_hashes(self, seq: Sequence, count: int) -> None:
-        """Hashes the sequence's first `count` blocks. sha256: a collision would show one user another's text."""
+        """Hashes the sequence's first `count` blocks. sha256: a collision would show one user another's text.
+
+        Another adapter makes other keys and values of the same tokens, so the chain begins with the adapter's digest.
+        """
+        root = b"" if seq.adapter is None else bytes.fromhex(seq.adapter.digest)
         for index in range(len(seq.block_hashes), count):
-            before = seq.block_hashes[-1] if index else b""
+            before = seq.block_hashes[-1] if index else root
             tokens = array("I", seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
             seq.block_hashes.append(hashlib.sha256(before + tokens.tobytes()).digest())

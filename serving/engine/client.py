@@ -13,9 +13,11 @@ from pathlib import Path
 
 from serving.engine.messages import (
     Abort,
+    AdapterRef,
     Add,
     Counters,
     Failed,
+    Forget,
     Load,
     Loading,
     Output,
@@ -78,7 +80,7 @@ class EngineProcess:
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ready: Ready | None = None
         self.running = self.waiting = 0
-        self.kv_used_ratio = 0.0
+        self.kv_used_ratio = self.bandwidth_ratio = self.mfu_ratio = 0.0
         self.counters = Counters()
         self.queued_tokens = 0
         self._idle = asyncio.Event()
@@ -106,8 +108,9 @@ class EngineProcess:
         return len(self._streams)
 
     def submit(
-        self, prompts: Sequence[tuple[list[int], SamplingParams]], *, priority: int = 0, tenant: str = ""
-    ) -> Stream:
+        self, prompts: Sequence[tuple[list[int], SamplingParams]], *,
+        priority: int = 0, tenant: str = "", adapter: AdapterRef | None = None,
+    ) -> Stream:  # fmt: skip
         """Queues one request's sequences. They are answered together, each as `index` of the returned stream."""
         start = next(self._ids)
         for _ in prompts[1:]:
@@ -119,9 +122,13 @@ class EngineProcess:
             self._streams[seq_id] = stream
             self._queued[seq_id] = len(prompt_ids)
             self.queued_tokens += len(prompt_ids)
-            self._send(Add(seq_id, prompt_ids, params, arrived_s, priority, tenant))
+            self._send(Add(seq_id, prompt_ids, params, arrived_s, priority, tenant, adapter))
         self._idle.clear()
         return stream
+
+    def forget(self, adapter: AdapterRef) -> None:
+        """The adapter is served no more. Sequences that have it go on."""
+        self._send(Forget(adapter))
 
     def release(self, seq_ids: range, *, unfinished: list[int]) -> None:
         for seq_id in seq_ids:
@@ -183,7 +190,7 @@ class EngineProcess:
 
     def _deliver(self, step: Step) -> None:
         self.running, self.waiting, self.kv_used_ratio = step.running, step.waiting, step.kv_used_ratio
-        self.counters = step.counters
+        self.counters, self.bandwidth_ratio, self.mfu_ratio = step.counters, step.bandwidth_ratio, step.mfu_ratio
         for output in step.outputs:
             if output.queue_s is not None:
                 self._dequeue(output.seq_id)

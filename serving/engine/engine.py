@@ -8,40 +8,32 @@ from pathlib import Path
 
 import torch
 
-from serving import logs
-from serving.cache import open_store
-from serving.engine.attention import KVPool, Pool
-from serving.engine.attention_cpu import CpuPool
-from serving.engine.block_manager import BlockManager
-from serving.engine.messages import Counters, Output, SamplingParams
-from serving.engine.model_runner import ModelRunner, Sampled
+from serving.engine.messages import AdapterRef, Counters, Output, SamplingParams
+from serving.engine.model_runner import Sampled
+from serving.engine.parts import Parts, torch_parts
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
-from serving.engine.spill import Spill, namespace
 from serving.engine.structure import Structures
-from serving.errors import Refused
-from serving.kernels.cpu import Kernels, kernels
-from serving.memory import available_bytes
 from serving.model.config import ModelConfig
-from serving.model.packed import fits, pack
-from serving.model.quantized import GROUP, quantizable, quantize_layers
-from serving.model.weights import load
+from serving.pressure import MemoryWatch
 from serving.settings import Settings
 from serving.tokenizer import Tokenizer
 
-BLOCK_SIZE = 16  # tokens: small enough to waste little, large enough that a gather copies long runs
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # a step's budget: how long a prompt's chunk may hold up the others' tokens
-KV_MEMORY_SHARE = 0.5  # of what is free once the weights are loaded, unless --kv-bytes says
-
 
 class Engine:
-    def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, structures: Structures, *,
-        max_model_len: int,
-    ) -> None:  # fmt: skip
-        self.runner, self.scheduler, self.tokenizer, self.structures = runner, scheduler, tokenizer, structures
-        self.max_model_len = max_model_len
+    def __init__(self, parts: Parts, settings: Settings, tokenizer: Tokenizer, structures: Structures) -> None:
+        self.runner, self.adapters, self.usage = parts.runner, parts.adapters, parts.usage
+        self.max_model_len, self.vocab_size = parts.max_model_len, parts.vocab_size
+        self.scheduler = Scheduler(
+            parts.blocks,
+            adapters=parts.adapters,
+            max_num_seqs=settings.max_num_seqs,
+            max_step_tokens=max(parts.step_tokens, settings.max_num_seqs),
+            speculate_tokens=settings.speculate_tokens,
+        )
+        self.tokenizer, self.structures = tokenizer, structures
         self.sequences: dict[int, Sequence] = {}
+        self._memory = MemoryWatch(settings.min_free_bytes)
         self._refused: list[Output] = []
         self._aborts = 0
 
@@ -53,35 +45,9 @@ class Engine:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         config = ModelConfig.read(root / "config.json")
         tokenizer = Tokenizer(root)
-        device = _device(settings)
-        dtype = _dtype(settings, config, device)
-        model = load(root, config, device=device, dtype=dtype, on_bytes=on_bytes)
-        compiled = _kernels(config, device)
-        weights = str(dtype).removeprefix("torch.") if settings.quantize == "none" else settings.quantize
-        if settings.quantize != "none" and not quantizable(config):
-            what = f"--quantize {settings.quantize} needs layers whose inputs are multiples of {GROUP}"
-            raise Refused(what, where=str(root), fix="Serve the model with --quantize none")
-        if compiled is not None:
-            pack(model, compiled, form=weights)
-        elif settings.quantize != "none":
-            quantize_layers(model, form=weights)
-        max_model_len = _max_model_len(settings, config, where=str(root))
-        num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
-        pool = _pool(config, compiled, num_blocks=num_blocks, dtype=dtype, device=device)
-        spill = None
-        if settings.kv_spill is not None:
-            layout = f"{type(pool).__name__} {dtype} {weights} {BLOCK_SIZE}"
-            space = namespace(root, layout=layout)
-            spill = Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
-        scheduler = Scheduler(
-            BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
-            max_num_seqs=settings.max_num_seqs,
-            max_step_tokens=max(STEP_TOKENS[device.type], settings.max_num_seqs),
-            speculate_tokens=settings.speculate_tokens,
-        )
-        runner = ModelRunner(model, pool, max_model_len=max_model_len)
+        parts = torch_parts(root, config, settings, on_bytes=on_bytes)
         structures = Structures(root, vocab_size=config.vocab_size, eos_ids=tokenizer.eos_ids)
-        return cls(runner, scheduler, tokenizer, structures, max_model_len=max_model_len)
+        return cls(parts, settings, tokenizer, structures)
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +55,7 @@ class Engine:
 
     def add(
         self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *,
-        arrived_s: float, priority: int = 0, tenant: str = "",
+        arrived_s: float, priority: int = 0, tenant: str = "", adapter: AdapterRef | None = None,
     ) -> None:  # fmt: skip
         """Queues a sequence. One whose structure cannot be used is answered, by the next step, with what is wrong."""
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
@@ -101,6 +67,7 @@ class Engine:
         seq = Sequence(
             seq_id, prompt_ids, params,
             decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant, matcher=matcher,
+            adapter=adapter,
         )  # fmt: skip
         self.sequences[seq_id] = seq
         self.scheduler.add(seq)
@@ -114,21 +81,46 @@ class Engine:
     @property
     def counters(self) -> Counters:
         s = self.scheduler
-        return Counters(s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts)
+        return Counters(
+            s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts,
+            self.adapters.loads, self.adapters.evictions,
+        )  # fmt: skip
 
     def step(self) -> list[Output]:
         refused, self._refused = self._refused, []
+        self.scheduler.short_of_memory = self._memory.look()
         batch = self.scheduler.schedule()
+        refused += self._give_up_lost()
         if not batch:
             return refused
         batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
+        self.adapters.group(batch)
+        begin_s = time.perf_counter()
         sampled = self.runner.run(batch)
+        self._learn(batch, time.perf_counter() - begin_s)
         return refused + self._postprocess(batch, sampled)
 
-    def generate(self, prompts: Seq[list[int]], params: SamplingParams) -> list[str]:
-        """Answers all prompts and returns their texts: the engine as a library, with no server."""
+    def _learn(self, batch: list[Scheduled], seconds: float) -> None:
+        """What the step says of the next ones' length, and of how well the hardware is used."""
+        prompt_tokens = sum(item.num_tokens for item in batch if item.seq.num_uncomputed > 1)
+        decodes = sum(item.num_tokens for item in batch) - prompt_tokens
+        self.scheduler.pace.learn(decodes=decodes, prompt_tokens=prompt_tokens, seconds=seconds)
+        self.usage.add(batch, seconds)
+
+    def _give_up_lost(self) -> list[Output]:
+        """Answers those whose adapter could not be read."""
+        lost, self.scheduler.lost = self.scheduler.lost, []
+        for seq, _ in lost:
+            del self.sequences[seq.seq_id]
+        return [Output(seq.seq_id, why, 0, finish_reason="failed", queue_s=0.0) for seq, why in lost]
+
+    def generate(
+        self, prompts: Seq[list[int]], params: SamplingParams, *, adapters: Seq[AdapterRef | None] = ()
+    ) -> list[str]:
+        """Answers all prompts, each by its adapter where `adapters` are given: the engine as a library, with no server."""
         for index, prompt_ids in enumerate(prompts):
-            self.add(index, prompt_ids, params, arrived_s=time.monotonic())
+            adapter = adapters[index] if adapters else None
+            self.add(index, prompt_ids, params, arrived_s=time.monotonic(), adapter=adapter)
         texts = [""] * len(prompts)
         while self.has_work:
             for output in self.step():
@@ -205,61 +197,3 @@ def _release_logprobs(seq: Sequence, *, all_of_them: bool) -> list | None:
     ready = [entry for entry in seq.pending_logprobs if all_of_them or entry.offset < seq.text.emitted]
     seq.pending_logprobs = seq.pending_logprobs[len(ready) :]
     return ready
-
-
-def _device(settings: Settings) -> torch.device:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("there is no CUDA device", where="--device cuda", fix="Use --device cpu, or run on a GPU node")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if settings.device == "auto" else settings.device)
-
-
-def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
-    """The compiled kernels, where the machine and the model's shape allow them."""
-    found = kernels() if device.type == "cpu" and fits(config) else None
-    if isinstance(found, str):
-        logs.event("slow_kernels", level="warning", message=f"torch computes alone, more slowly: {found}")
-        return None
-    return found
-
-
-def _pool(
-    config: ModelConfig, compiled: Kernels | None, *, num_blocks: int, dtype: torch.dtype, device: torch.device
-) -> Pool:
-    shape = {"layers": config.layers, "num_blocks": num_blocks, "kv_heads": config.kv_heads}
-    if compiled is not None:
-        return CpuPool(compiled, **shape, head_dim=config.head_dim, dtype=dtype)
-    return KVPool(**shape, head_dim=config.head_dim, block_size=BLOCK_SIZE, dtype=dtype, device=device)
-
-
-def _dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU unless the package says float32; on a CPU float32, which every one computes fast."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    return torch.float32 if device.type == "cpu" or config.dtype == "float32" else torch.bfloat16
-
-
-def _max_model_len(settings: Settings, config: ModelConfig, *, where: str) -> int:
-    asked = settings.max_model_len or config.max_positions
-    if asked > config.max_positions:
-        what = f"--max-model-len {asked} is beyond the model's {config.max_positions} positions"
-        raise Refused(what, where=where, fix=f"Give at most {config.max_positions}")
-    return asked
-
-
-def _num_blocks(
-    settings: Settings, config: ModelConfig, device: torch.device, *, dtype: torch.dtype, max_model_len: int
-) -> int:
-    """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory."""
-    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
-    per_seq = -(-max_model_len // BLOCK_SIZE)
-    if settings.kv_bytes is not None:
-        num_blocks = settings.kv_bytes // per_block
-    else:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-        num_blocks = min(settings.max_num_seqs * per_seq, int(free * KV_MEMORY_SHARE) // per_block)
-    if num_blocks < per_seq:
-        what = f"{num_blocks * per_block:,} bytes cannot hold the keys and values of one {max_model_len}-token sequence"
-        fix = f"Give --kv-bytes {per_seq * per_block} or more, or a smaller --max-model-len"
-        raise Refused(what, where="--kv-bytes", fix=fix)
-    return num_blocks

@@ -5,6 +5,7 @@ idle time is not saved up. (The virtual token counter of arXiv 2401.00588.)
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 from serving.engine.sequence import Sequence
 
@@ -34,7 +35,15 @@ class FairQueue:
     def first(self) -> Sequence:
         if self._preempted:
             return self._preempted[-1]
-        return min(self._waiting, key=lambda seq: (-seq.priority, self._tokens[seq.tenant]))
+        return min(self._waiting, key=self._rank)
+
+    def first_of(self, fits: Callable[[Sequence], bool]) -> Sequence | None:
+        """The first of those that `fits` says yes to."""
+        fitting = next((seq for seq in reversed(self._preempted) if fits(seq)), None)
+        return min(filter(fits, self._waiting), key=self._rank, default=None) if fitting is None else fitting
+
+    def _rank(self, seq: Sequence) -> tuple[int, int]:
+        return -seq.priority, self._tokens[seq.tenant]
 
     def remove(self, seq: Sequence) -> None:
         if seq in self._waiting:

@@ -1,5 +1,6 @@
 """What the server and its engine process say to each other: plain tuples, cheap to pickle, typed on both sides."""
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from serving.settings import Settings
@@ -34,6 +35,14 @@ class SamplingParams(NamedTuple):
     prompt_logprobs: bool = False
 
 
+class AdapterRef(NamedTuple):
+    """An adapter that the server has checked. Its digest stands for its content, so that a changed file is noticed."""
+
+    digest: str
+    root: Path
+    num_values: int  # what it takes in memory, in values
+
+
 class Load(NamedTuple):
     root: str
     settings: Settings
@@ -46,17 +55,24 @@ class Add(NamedTuple):
     arrived_s: float  # CLOCK_MONOTONIC, which all processes of a machine share
     priority: int = 0  # a higher one is admitted first
     tenant: str = ""  # within one priority, tenants take turns by the tokens they had
+    adapter: AdapterRef | None = None
 
 
 class Abort(NamedTuple):
     seq_ids: list[int]
 
 
+class Forget(NamedTuple):
+    """The adapter is served no more: its memory may go."""
+
+    adapter: AdapterRef
+
+
 class Stop(NamedTuple):
     pass
 
 
-Request = Load | Add | Abort | Stop
+Request = Load | Add | Abort | Forget | Stop
 
 
 class Loading(NamedTuple):
@@ -91,7 +107,8 @@ class Output(NamedTuple):
     seq_id: int
     text: str
     num_tokens: int  # of the answer so far, also those whose text is held or was cut by a stop string
-    finish_reason: str | None = None  # stop, length; error: refused as it stands, `text` says why (the client's fault)
+    # stop, length; error: refused as it stands, failed: through no fault of the client; `text` then says why
+    finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     queue_s: float | None = None  # in a sequence's first output: how long it waited to be scheduled
@@ -107,6 +124,8 @@ class Counters(NamedTuple):
     prefix_miss_tokens: int = 0  # … and those that had to be computed
     preemptions: int = 0
     aborts: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
 
 
 class Step(NamedTuple):
@@ -115,6 +134,8 @@ class Step(NamedTuple):
     waiting: int
     kv_used_ratio: float
     counters: Counters = Counters()
+    bandwidth_ratio: float = 0.0  # of the memory's, over the latest steps
+    mfu_ratio: float = 0.0
 
 
 Reply = Loading | Ready | Failed | Step

@@ -6,12 +6,20 @@ preempted sequence's second prefill are one case. (Continuous batching: Orca, OS
 
 import time
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from serving.engine.block_manager import BlockManager
 from serving.engine.fair_queue import FairQueue
+from serving.engine.pace import Pace
 from serving.engine.sequence import Sequence
 from serving.engine.speculation import NgramSpeculator
+from serving.errors import Refused
+
+if TYPE_CHECKING:
+    from serving.engine.adapters import Adapters
+
+PASSED_BY_S = 2.0  # how long others may go before a sequence whose adapter has no place
+PRESSED_STEP_TOKENS = 64
 
 
 class Scheduled(NamedTuple):
@@ -32,49 +40,63 @@ class Scheduled(NamedTuple):
 
 class Scheduler:
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_step_tokens: int, speculate_tokens: int = 0
-    ) -> None:
+        self, blocks: BlockManager, *, adapters: "Adapters", max_num_seqs: int, max_step_tokens: int,
+        speculate_tokens: int = 0,
+    ) -> None:  # fmt: skip
         assert max_step_tokens >= max_num_seqs
-        self.blocks = blocks
+        self.blocks, self.adapters, self.pace = blocks, adapters, Pace()
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
         self.speculator = NgramSpeculator(speculate_tokens)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # oldest first: the youngest is preempted
+        self.lost: list[tuple[Sequence, str]] = []  # those whose adapter could not be read, and why
+        self.short_of_memory = False  # then nobody is let in beside those who run, and chunks are short
         self.preemptions = self.prefix_hit_tokens = self.prefix_miss_tokens = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.add(seq)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's work; empty when there is none."""
-        batch, preempted = self._schedule_running()
+        """The next step's work; empty when there is none, or when `lost` is all that there is."""
+        prompt_budget = self._prompt_budget()
+        batch, preempted = self._schedule_running(prompt_budget)
         if not preempted:
-            self._admit(batch)
+            taken = sum(item.num_tokens for item in batch if item.seq.num_uncomputed > 1)
+            self._admit(batch, prompt_budget - taken)
         return batch
 
     def remove(self, seq: Sequence) -> None:
         """Takes out a sequence that is finished or aborted, wherever it is, and its blocks back."""
         if seq in self.running:
             self.running.remove(seq)
+            self.adapters.release(seq)
         else:
             self.waiting.remove(seq)
         self.waiting.forget(seq)
         self.blocks.release(seq)
 
-    def _schedule_running(self) -> tuple[list[Scheduled], bool]:
+    def _prompt_budget(self) -> int:
+        decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
+        first_tokens = len(self.running) - decoding + len(self.waiting)
+        most = PRESSED_STEP_TOKENS if self.short_of_memory else self.max_step_tokens
+        return self.pace.prompt_tokens(decoding=decoding, first_tokens=first_tokens, most=most)
+
+    def _schedule_running(self, prompt_budget: int) -> tuple[list[Scheduled], bool]:
         batch: list[Scheduled] = []
-        budget = self.max_step_tokens
-        preempted = False
-        while len(batch) < len(self.running):
-            seq = self.running[len(batch)]
-            behind = len(self.running) - len(batch) - 1  # a long prompt's chunk leaves each of these its token
+        budget, at, preempted = self.max_step_tokens, 0, False
+        while at < len(self.running):
+            seq = self.running[at]
+            at += 1
+            behind = len(self.running) - at  # a long prompt's chunk leaves each of these its token
             num_tokens = min(seq.num_uncomputed, budget - behind)
+            if seq.num_uncomputed > 1:
+                num_tokens = min(num_tokens, prompt_budget)
+                prompt_budget -= num_tokens
+                if num_tokens == 0:
+                    continue
             while not self.blocks.grow(seq, seq.num_computed + num_tokens):
                 preempted = True
-                youngest = self.running.pop()
-                self.blocks.release(youngest)
-                self.waiting.put_back(youngest)
-                self.preemptions += 1
+                youngest = self._preempt()
                 if youngest is seq:
                     return batch, True
             guess = self._guess(seq, budget - behind - num_tokens) if num_tokens == seq.num_uncomputed == 1 else []
@@ -83,15 +105,26 @@ class Scheduler:
             budget -= num_tokens + len(guess)
         return batch, preempted
 
+    def _preempt(self) -> Sequence:
+        """Throws the youngest out of the batch, to be computed again."""
+        youngest = self.running.pop()
+        self.blocks.release(youngest)
+        self.adapters.release(youngest)
+        self.waiting.put_back(youngest)
+        self.preemptions += 1
+        return youngest
+
     def _guess(self, seq: Sequence, budget: int) -> list[int]:
         """Tokens to check beyond the known ones, where memory has room for them without taking anyone's."""
         guess = self.speculator.guess(seq, running=len(self.running))[: max(budget, 0)]
         return guess if self.blocks.grow(seq, len(seq) + len(guess)) else []
 
-    def _admit(self, batch: list[Scheduled]) -> None:
-        budget = self.max_step_tokens - sum(item.num_tokens for item in batch)
+    def _admit(self, batch: list[Scheduled], prompt_budget: int) -> None:
+        budget = min(self.max_step_tokens - sum(item.num_tokens for item in batch), prompt_budget)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting.first()
+            seq = None if self.short_of_memory and self.running else self._next()
+            if seq is None:
+                return
             self.blocks.match_prefix(seq)
             num_tokens = min(seq.num_uncomputed, budget)
             # Room for the whole of it, and a block for each one running: who is let in is not thrown out the step after.
@@ -99,6 +132,14 @@ class Scheduler:
             if missing + len(self.running) > self.blocks.num_free:
                 self.blocks.release(seq)
                 return
+            try:
+                self.adapters.acquire(seq)
+            except Refused as error:
+                self.blocks.release(seq)
+                self.waiting.remove(seq)
+                self.waiting.forget(seq)
+                self.lost.append((seq, str(error)))
+                continue
             self.blocks.grow(seq, len(seq))
             self.waiting.remove(seq)
             self.running.append(seq)
@@ -110,3 +151,14 @@ class Scheduler:
             batch.append(Scheduled(seq, num_tokens))
             self.waiting.charge(seq, num_tokens)
             budget -= num_tokens
+
+    def _next(self) -> Sequence | None:
+        """Who is let in next. One whose adapter has no place is passed by, and after a while no more.
+
+        Without that end those whose adapters are here would keep it waiting for ever.
+        """
+        first = self.waiting.first()
+        if self.adapters.fits(first):
+            return first
+        patient = time.monotonic() - first.arrived_s < PASSED_BY_S
+        return self.waiting.first_of(self.adapters.fits) if patient else None

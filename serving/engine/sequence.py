@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from serving.engine.messages import SamplingParams, TokenLogprob
+from serving.engine.messages import AdapterRef, SamplingParams, TokenLogprob
 from serving.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 class Sequence:
     __slots__ = (
+        "adapter",
         "arrived_s",
         "block_hashes",
         "block_table",
@@ -45,6 +46,7 @@ class Sequence:
         priority: int = 0,
         tenant: str = "",
         matcher: "Matcher | None" = None,
+        adapter: AdapterRef | None = None,
     ) -> None:
         assert prompt_ids, "an empty prompt has no last token to predict from"
         self.seq_id = seq_id
@@ -59,7 +61,7 @@ class Sequence:
         self.queue_s: float | None = None
         self.cached_tokens = 0  # of its prompt, those found in the cache when it was first let in
         self.cumulative_logprob = 0.0
-        self.matcher = matcher
+        self.matcher, self.adapter = matcher, adapter
         self.priority, self.tenant = priority, tenant
         self.text = TextStream(decode, params.stop)
         # One stream of chance for each sequence, advanced once a token: whatever else is in the batch, and however

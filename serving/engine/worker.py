@@ -13,7 +13,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from serving.engine.messages import Abort, Add, Failed, Load, Loading, Ready, Request, SamplingParams, Step
+from serving.engine.messages import Abort, Add, Failed, Forget, Load, Loading, Ready, Request, SamplingParams, Step
 from serving.engine.messages import Stop as StopMessage
 from serving.errors import Refused
 
@@ -56,12 +56,17 @@ def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Connecti
     engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0))
     blocks = engine.scheduler.blocks
     seconds = time.monotonic() - started_s
-    connection.send(Ready(engine.max_model_len, engine.runner.model.config.vocab_size, blocks.num_blocks, seconds))
+    connection.send(Ready(engine.max_model_len, engine.vocab_size, blocks.num_blocks, seconds))
     while True:
         while not engine.has_work or not inbox.empty():
             match inbox.get():
-                case Add(seq_id, prompt_ids, params, arrived_s, priority, tenant):
-                    engine.add(seq_id, prompt_ids, params, arrived_s=arrived_s, priority=priority, tenant=tenant)
+                case Add(seq_id, prompt_ids, params, arrived_s, priority, tenant, adapter):
+                    engine.add(
+                        seq_id, prompt_ids, params,
+                        arrived_s=arrived_s, priority=priority, tenant=tenant, adapter=adapter,
+                    )  # fmt: skip
+                case Forget(adapter):
+                    engine.adapters.forget(adapter)
                 case Abort(seq_ids):
                     for seq_id in seq_ids:
                         engine.abort(seq_id)
@@ -72,7 +77,7 @@ def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Connecti
         outputs = engine.step()
         scheduler = engine.scheduler
         running, waiting = len(scheduler.running), len(scheduler.waiting)
-        connection.send(Step(outputs, running, waiting, blocks.used_ratio, engine.counters))
+        connection.send(Step(outputs, running, waiting, blocks.used_ratio, engine.counters, *engine.usage.ratios))
 
 
 def _progress(connection: Connection):
