@@ -1,4 +1,4 @@
-"""Attention over the paged cache by the compiled kernel, which reads blocks where they lie (kernels/attention.cpp)."""
+"""Attention over the paged cache by the compiled kernel, which reads blocks where they lie (kernels/attention.h)."""
 
 from collections.abc import Sequence as Seq
 from itertools import chain
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serving.engine.attention import positions_of
 from serving.engine.scheduler import Scheduled
-from serving.kernels.cpu import Kernels
+from serving.kernels.cpu import Kernels, Step
 
 
 class CpuPool:
@@ -31,13 +31,19 @@ class CpuAttention:
         self.pool = pool
         self.positions = positions_of(batch)
         lengths = np.array([(item.num_tokens, item.seq.num_computed, len(item.seq.block_table)) for item in batch])
-        self.items = np.empty((len(batch), 4), dtype=np.int64)  # first row, tokens, computed before, start in `tables`
-        self.items[:, 1:3] = lengths[:, :2]
-        self.items[:, 0] = np.cumsum(lengths[:, 0]) - lengths[:, 0]
-        self.items[:, 3] = np.cumsum(lengths[:, 2]) - lengths[:, 2]
+        items = np.empty((len(batch), 4), dtype=np.int64)  # first row, tokens, computed before, start in `tables`
+        items[:, 1:3] = lengths[:, :2]
+        items[:, 0] = np.cumsum(lengths[:, 0]) - lengths[:, 0]
+        items[:, 3] = np.cumsum(lengths[:, 2]) - lengths[:, 2]
         blocks = chain.from_iterable(item.seq.block_table for item in batch)
-        self.tables = np.fromiter(blocks, dtype=np.int64, count=int(lengths[:, 2].sum()))
+        tables = np.fromiter(blocks, dtype=np.int64, count=int(lengths[:, 2].sum()))
+        size = pool.kernels.block_tokens
+        slots = tables[np.repeat(items[:, 3], lengths[:, 0]) + self.positions // size] * size + self.positions % size
+        self.step = Step(
+            rows=len(slots), items=items.ctypes.data, num_items=len(items), tables=tables.ctypes.data,
+            slots=slots.ctypes.data, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        self._kept = items, tables, slots  # while `step` points at them
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        cache = self.pool.layers[layer]
-        return self.pool.kernels.attend(q_NHD, k_NKD, v_NKD, cache, items=self.items, tables=self.tables)
+        return self.pool.kernels.attend(q_NHD, k_NKD, v_NKD, self.pool.layers[layer], self.step)

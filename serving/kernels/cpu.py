@@ -1,13 +1,14 @@
-"""The compiled kernels as functions of tensors, and the forms in which they want weights. See linear.cpp, attention.cpp.
+"""The compiled kernels as functions of tensors, and the forms in which they want weights. See linear.h, attention.h.
 
 Shapes: M rows of a batch, N outputs, K inputs, C columns of a panel (two vectors), G inputs that share a scale.
 """
 
 import ctypes
+import mmap
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,36 @@ from serving.kernels.build import Unavailable, library
 from serving.model.quantized import CODE_MAX, GROUP, quantize
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+HUGE_BYTES = 8 << 20  # from here on memory comes in huge pages: a weight is read from end to end at each step
+
+n, p = ctypes.c_long, ctypes.c_void_p
+
+
+class Weights(ctypes.Structure):
+    """The structures are laid out as in linear.h and forward.cpp."""
+
+    _fields_ = (("data", p), ("scales", p), ("bias", p), ("format", n), ("outputs", n), ("inputs", n))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((norm, p) for norm in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        *((weight, Weights) for weight in ("qkv", "out", "gate_up", "down")),
+        ("cache", p),
+    )
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        *((size, n) for size in ("layers", "hidden", "ffn", "heads", "kv_heads", "dim", "half_cache")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        ("rows", n), ("cos", p), ("sin", p), ("items", p), ("num_items", n), ("tables", p), ("slots", p), ("threads", n),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,15 +57,15 @@ class Packed:
 
     data: Tensor
     scales: Tensor | None
+    bias: Tensor | None
     form: str
     outputs: int
     inputs: int
 
-    def rows(self, ids_M: Tensor) -> Tensor:
-        """Rows of a float32 or bfloat16 weight, M × K in float32: an embedding's look-up in the head's own memory."""
-        columns = self.data.shape[2]
-        picked = self.data[ids_M // columns, :, ids_M % columns]
-        return picked.reshape(len(ids_M), -1)[:, : self.inputs].float()
+    @cached_property
+    def c(self) -> Weights:
+        scales, bias = (None if t is None else t.data_ptr() for t in (self.scales, self.bias))
+        return Weights(self.data.data_ptr(), scales, bias, FORMATS[self.form], self.outputs, self.inputs)
 
 
 class Kernels:
@@ -42,51 +73,64 @@ class Kernels:
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._lib = lib
-        n, p = ctypes.c_long, ctypes.c_void_p
-        lib.linear.argtypes = [p, n, n, p, p, n, n, n, p, n, p, n]
+        weights, layer, shape, step = map(ctypes.POINTER, (Weights, Layer, Shape, Step))
+        lib.forward.argtypes = [shape, layer, step, p]
+        lib.linear.argtypes = [weights, p, n, n, p, n]
+        lib.rows_of.argtypes = [weights, p, n, p, n]
         lib.rms_norm.argtypes = [p, p, ctypes.c_float, n, n, p, n]
+        lib.rotate.argtypes = [p, n, n, n, n, p, p, n]
         lib.silu_multiply.argtypes = [p, n, n, p, n]
-        lib.attend.argtypes = [p, p, p, n, p, n, n, n, n, p, n, p, p, n]
-        for function in (lib.linear, lib.rms_norm, lib.silu_multiply, lib.attend):
+        lib.attend.argtypes = [shape, layer, step, p, p, p, n, p]
+        for function in (
+            lib.forward, lib.linear, lib.rows_of, lib.rms_norm, lib.rotate, lib.silu_multiply, lib.attend,
+        ):  # fmt: skip
             function.restype = None
         for function in (lib.panel_columns, lib.group_inputs, lib.block_tokens):
             function.argtypes, function.restype = [], n
         self.columns, self.block_tokens = lib.panel_columns(), lib.block_tokens()
         assert lib.group_inputs() == GROUP
-        self._room = torch.empty(0)
 
-    def pack(self, weight_NK: Tensor, form: str) -> Packed:
+    def pack(self, weight_NK: Tensor, form: str, bias: Tensor | None = None) -> Packed:
         """The weight in one of `FORMATS`. K must be even, and a multiple of G for int8 and int4."""
         outputs, inputs = weight_NK.shape
         assert inputs % (GROUP if form in CODE_MAX else 2) == 0
         missing = -outputs % self.columns
         if missing:
             weight_NK = torch.cat((weight_NK, weight_NK.new_zeros(missing, inputs)))
-        panels = weight_NK.view(-1, self.columns, inputs)
+        panels, scales = weight_NK.view(-1, self.columns, inputs), None
         if form == "float32":
-            return Packed(panels.float().transpose(1, 2).contiguous(), None, form, outputs, inputs)
-        if form == "bfloat16":
-            return Packed(_pairs(panels.bfloat16()), None, form, outputs, inputs)
-        codes, scales = quantize(panels, form)
-        if form == "int8":
-            data = codes.transpose(1, 2).contiguous()
+            data = panels.float().transpose(1, 2)
+        elif form == "bfloat16":
+            data = _pairs(panels.bfloat16())
         else:
-            low, high = (_pairs(codes) + 8).to(torch.uint8).unbind(-1)
-            data = low | high << 4
-        return Packed(data, scales.transpose(1, 2).contiguous(), form, outputs, inputs)
+            codes, scales = quantize(panels, form)
+            data, scales = codes.transpose(1, 2), scales.transpose(1, 2).contiguous()
+            if form == "int4":
+                low, high = (_pairs(codes) + 8).to(torch.uint8).unbind(-1)
+                data = low | high << 4
+        bias = None if bias is None else bias.float().contiguous()
+        return Packed(room(data.shape, data.dtype).copy_(data), scales, bias, form, outputs, inputs)
+
+    def forward(
+        self, shape: Shape, layers: "ctypes.Array[Layer]", step: Step, x_ME: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """All layers, in the place of `x`. cos and sin are M × 1 × D."""
+        assert x_ME.is_contiguous()
+        step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
+        self._lib.forward(shape, layers, step, x_ME.data_ptr())
+        return x_ME
 
     def linear(self, x_MK: Tensor, weight: Packed) -> Tensor:
-        """x · Wᵀ, M × N. A row's result does not depend, to the bit, on the rows beside it."""
+        """x · Wᵀ + bias, M × N. A row's result does not depend, to the bit, on the rows beside it."""
         assert x_MK.stride(1) == 1
-        rows = len(x_MK)
-        y = torch.empty(rows, weight.outputs)
-        if self._room.numel() < x_MK.numel():
-            self._room = torch.empty(x_MK.numel())
-        self._lib.linear(
-            x_MK.data_ptr(), x_MK.stride(0), rows, weight.data.data_ptr(),
-            None if weight.scales is None else weight.scales.data_ptr(), FORMATS[weight.form],
-            weight.outputs, weight.inputs, y.data_ptr(), y.stride(0), self._room.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        y = torch.empty(len(x_MK), weight.outputs)
+        self._lib.linear(weight.c, x_MK.data_ptr(), x_MK.stride(0), len(x_MK), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def rows(self, weight: Packed, ids_M: Tensor) -> Tensor:
+        """Rows of a float32 or bfloat16 weight, M × K in float32: an embedding's look-up in the head's own memory."""
+        y = torch.empty(len(ids_M), weight.inputs)
+        self._lib.rows_of(weight.c, ids_M.data_ptr(), len(ids_M), y.data_ptr(), torch.get_num_threads())
         return y
 
     def rms_norm(self, x_MK: Tensor, weight_K: Tensor, eps: float) -> Tensor:
@@ -96,6 +140,15 @@ class Kernels:
         self._lib.rms_norm(x_MK.data_ptr(), weight_K.data_ptr(), eps, rows, size, y.data_ptr(), torch.get_num_threads())
         return y
 
+    def rotate(self, x_MHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary positions, in the place of `x`. cos and sin are M × 1 × D."""
+        rows, heads, dim = x_MHD.shape
+        assert x_MHD.stride()[1:] == (dim, 1)
+        self._lib.rotate(
+            x_MHD.data_ptr(), x_MHD.stride(0), rows, heads, dim, cos.data_ptr(), sin.data_ptr(), torch.get_num_threads()
+        )
+        return x_MHD
+
     def silu_multiply(self, gate_up: Tensor) -> Tensor:
         """silu(gate) · up, where a row is gate and then up."""
         rows, twice = gate_up.shape
@@ -103,29 +156,31 @@ class Kernels:
         self._lib.silu_multiply(gate_up.data_ptr(), rows, twice // 2, y.data_ptr(), torch.get_num_threads())
         return y
 
-    def attend(
-        self, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cache: Tensor, *, items: np.ndarray, tables: np.ndarray
-    ) -> Tensor:
-        """Stores keys and values in one layer's `cache`, and returns each token's attention over its sequence, M × H·D.
-
-        `items` is int64: a row for each sequence (its first row, tokens, tokens computed before, start in `tables`).
-        """
+    def attend(self, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cache: Tensor, step: Step) -> Tensor:
+        """Stores keys and values in one layer's `cache`, and returns each token's attention over its sequence, M × H·D."""
         rows, heads, dim = q_MHD.shape
         q, k, v = (t if t.stride(1) == dim and t.stride(0) == q_MHD.stride(0) else None for t in (q_MHD, k_MKD, v_MKD))
         if q is None or k is None or v is None:
             q, k, v = torch.cat((q_MHD, k_MKD, v_MKD), dim=1).split((heads, k_MKD.shape[1], k_MKD.shape[1]), dim=1)
-        out = torch.empty(rows, heads * dim)
-        self._lib.attend(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), cache.data_ptr(), cache.dtype == torch.bfloat16,
-            heads, k.shape[1], dim, items.ctypes.data, len(items), tables.ctypes.data, out.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        shape = Shape(heads=heads, kv_heads=k.shape[1], dim=dim, half_cache=cache.dtype == torch.bfloat16)
+        layer, out = Layer(cache=cache.data_ptr()), torch.empty(rows, heads * dim)
+        self._lib.attend(shape, layer, step, q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), out.data_ptr())
         return out
+
+
+def room(shape: Seq[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor; much of it in huge pages, whose addresses the processor looks up far less often."""
+    count = torch.Size(shape).numel()
+    if count * dtype.itemsize < HUGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def _pairs(panels: Tensor) -> Tensor:
     """panel × C × K → panel × K/2 × C × 2."""
-    return panels.unflatten(2, (-1, 2)).permute(0, 2, 1, 3).contiguous()
+    return panels.unflatten(2, (-1, 2)).permute(0, 2, 1, 3)
 
 
 @cache

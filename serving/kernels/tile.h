@@ -20,6 +20,9 @@ constexpr int LANES = 16, MAX_ROWS = 12;  // 24 accumulators of 32 registers
 constexpr int LANES = 8, MAX_ROWS = 6;  // 12 of 16
 #endif
 
+// Accumulators are registers only where the loops over them are gone, which -O2 does not see to by itself.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float vec_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
@@ -59,24 +62,24 @@ static inline float sum(vec v) {
     return total;
 }
 
-// acc[r][v] += Σ_k x[k·R + r] · w[k·stride + v·LANES]. Sums run in the order of k whatever R is: a row's result is the
+// acc[r][v] += Σ_k x[r][k] · w[k·stride + v·LANES]. Sums run in the order of k whatever R is: a row's result is the
 // same, to the bit, whichever rows it shares a tile with.
 template <int R, int V>
-static inline void multiply(const float* x, const float* w, long stride, long depth, vec (&acc)[R][V]) {
+static inline void multiply(const float* const (&x)[R], const float* w, long stride, long depth, vec (&acc)[R][V]) {
     for (long k = 0; k < depth; ++k) {
         vec b[V];
-        for (int v = 0; v < V; ++v) b[v] = load(w + k * stride + v * LANES);
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) acc[r][v] += x[k * R + r] * b[v];
+        UNROLLED for (int v = 0; v < V; ++v) b[v] = load(w + k * stride + v * LANES);
+        UNROLLED for (int r = 0; r < R; ++r)
+            UNROLLED for (int v = 0; v < V; ++v) acc[r][v] += x[r][k] * b[v];
     }
 }
 
-// Calls f<R>() for the R that is known only now.
+// Calls f with the number of rows, known only now, as a constant.
 template <int R = MAX_ROWS, class F>
 static inline void with_rows(long rows, F&& f) {
-    if constexpr (R == 1) f.template operator()<1>();
-    else if (rows == R) f.template operator()<R>();
-    else with_rows<R - 1>(rows, f);
+    if constexpr (R > 1)
+        if (rows < R) return with_rows<R - 1>(rows, f);
+    f(std::integral_constant<int, R>{});
 }
 
 // A batch's rows, cut into tiles of nearly equal height.

@@ -73,6 +73,11 @@ def _scale_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     return keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor
 
 
+class Rotary(nn.Module):
+    def forward(self, x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
+        return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(x_NHD.shape[-1] // 2, -1), sin_N1D)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,6 +87,7 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_dim, config.hidden, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.rotary = Rotary()
 
     def forward(self, x_NE: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
         qkv = self.qkv(x_NE).view(len(x_NE), -1, self.head_dim)
@@ -89,8 +95,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        qk = torch.addcmul(qk * cos_N1D, qk.roll(self.head_dim // 2, -1), sin_N1D)
-        q_NHD, k_NKD = qk.split((self.heads, self.kv_heads), dim=1)
+        q_NHD, k_NKD = self.rotary(qk, cos_N1D, sin_N1D).split((self.heads, self.kv_heads), dim=1)
         return self.out(attend(self.layer, q_NHD, k_NKD, v_NKD))
 
 
@@ -126,13 +131,20 @@ class Block(nn.Module):
         return x_NE + self.ffn(self.ffn_norm(x_NE))
 
 
+class Blocks(nn.ModuleList):
+    def forward(self, x_NE: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
+        for block in self:
+            x_NE = block(x_NE, cos_N1D, sin_N1D, attend)
+        return x_NE
+
+
 class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32  # of activations; weights may be smaller
         self.embed = Embedding(config.vocab_size, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = Blocks(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied:
@@ -140,10 +152,7 @@ class Llama(nn.Module):
 
     def forward(self, ids_N: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last norm, N × E."""
-        x_NE = self.embed(ids_N)
-        for block in self.blocks:
-            x_NE = block(x_NE, cos_N1D, sin_N1D, attend)
-        return self.norm(x_NE)
+        return self.norm(self.blocks(self.embed(ids_N), cos_N1D, sin_N1D, attend))
 
     def logits(self, x_NE: Tensor) -> Tensor:
         """N × V in float32. Only rows that are sampled from come here: the vocabulary's product is the largest."""

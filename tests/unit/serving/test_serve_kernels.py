@@ -49,7 +49,7 @@ def test_a_linear_layer_is_the_product_with_what_its_format_holds(
     assert (y - expected).abs().max() <= tolerance * inputs**0.5
     if form not in CODE_MAX:
         ids = torch.randint(0, outputs, (5,), generator=g)
-        assert torch.equal(packed.rows(ids), dequantized(weight, form)[ids])
+        assert torch.equal(k.rows(packed, ids), dequantized(weight, form)[ids])
     some = sorted({0, rows // 2, rows - 1})
     assert torch.equal(k.linear(x[some].contiguous(), packed), y[some])
 

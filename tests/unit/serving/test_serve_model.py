@@ -8,6 +8,7 @@ import torch
 from tiny_packages import make_package
 
 from serving.engine.attention import KVPool, StepAttention
+from serving.engine.attention_cpu import CpuPool
 from serving.engine.messages import SamplingParams
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
@@ -15,7 +16,7 @@ from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
 from serving.model.config import ModelConfig
 from serving.model.llama import Linear, Llama, rope_table
-from serving.model.packed import pack
+from serving.model.packed import PackedBlocks, pack
 from serving.model.quantized import GROUP, quantize, quantize_layers
 from serving.model.weights import load
 
@@ -149,3 +150,34 @@ def test_packed_weights_give_the_logits_of_torch(tmp_path: Path) -> None:
         expected, compiled = forward(read(root), ids), read(root)
         pack(compiled, found, form="float32")
         assert torch.allclose(forward(compiled, ids), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_in_one_call_equal_layers_one_by_one_to_the_bit(family: str, tmp_path: Path) -> None:
+    """So that a request's answer is the same whether or not another one of the batch has an adapter."""
+    import transformers
+
+    found = kernels()
+    if not isinstance(found, Kernels):
+        pytest.skip(f"no compiled kernels here: {found}")
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, "head_dim": 16, "pad_token_id": 0, **changes})
+    reference = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    reference.save_pretrained(tmp_path)
+    model = read(tmp_path)
+    c, ids = model.config, torch.arange(1, 51)
+    in_torch = forward(read(tmp_path), ids.tolist())
+    pack(model, found, form="float32")
+    seq = Sequence(0, ids.tolist(), SamplingParams(max_tokens=1), decode=lambda _: "", arrived_s=0.0)
+    seq.block_table = [3, 0, 2, 1]
+    cos, sin = (table[:50] for table in rope_table(c, positions=50))
+    shape = {"layers": c.layers, "num_blocks": 4, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+    answers = []
+    for layers in (model.blocks, super(PackedBlocks, model.blocks)):
+        attend = CpuPool(found, **shape, dtype=torch.float32).plan([Scheduled(seq, 50)])
+        answers.append(model.norm(layers.forward(model.embed(ids), cos, sin, attend)))
+    assert torch.equal(*answers)
+    assert (model.logits(answers[0]) - in_torch).abs().max() <= 1e-4 * max(1.0, float(in_torch.abs().max()))
