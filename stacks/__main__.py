@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pulumi
 
-from infra.checks import enforce
+from infra.checks import enforce, enforce_directories
 from infra.components import (
     Autoscaler,
     DataJob,
@@ -22,7 +22,7 @@ from infra.components import (
     TrainingJob,
     args,
 )
-from infra.components.config import stack_from_config
+from infra.components.config import runs_here, stack_from_config
 from infra.components.images import BuiltImage, Package
 from infra.components.stage import Image
 from infra.planner import plan, to_json
@@ -34,6 +34,7 @@ def declare(stack: Stack) -> None:
     planned = plan(stack)
     stack = planned.stack  # with plain values where it says `auto`
     findings = enforce(stack, planned)
+    enforce_directories(stack, here=runs_here())
 
     tenancy = Tenancy("tenancy", args.tenancy(stack))
     platform = args.Platform(stack=stack, scope=tenancy.scope, plan=planned)

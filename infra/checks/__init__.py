@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from infra.checks.autoscaling import metric_is_scraped, scaling_down_waits, target_can_be_reached, traffic_is_served
 from infra.checks.capacity import gang_fits_pool, pod_fits_node, ranks_match_gpus, replicas_fit_pool
 from infra.checks.cost import gpus_are_used, pools_are_used, run_meets_deadline, within_budget
+from infra.checks.directories import enforce_directories, nodes_have_no_directory
 from infra.checks.finding import Finding, Patch, Refused
 from infra.checks.grading import graded
 from infra.checks.manifest_sets import MANIFEST_CHECKS, SET_CHECKS, check_manifests
@@ -21,8 +22,10 @@ from infra.checks.rollout import (
 from infra.checks.scheduling import (
     batch_divides,
     capacity_can_be_ordered,
+    classifiers_are_not_served,
     clouds_agree,
     gpus_are_asked_for,
+    layout_can_be_trained,
     services_have_a_model,
     volumes_are_shared,
 )
@@ -68,6 +71,9 @@ CHECKS: tuple[Check, ...] = (
     services_have_a_model,
     capacity_can_be_ordered,
     gpus_are_asked_for,
+    layout_can_be_trained,
+    classifiers_are_not_served,
+    nodes_have_no_directory,
     metric_is_scraped,
     target_can_be_reached,
     scaling_down_waits,
@@ -124,4 +130,5 @@ __all__ = [
     "check_manifests",
     "codes_of",
     "enforce",
+    "enforce_directories",
 ]

@@ -65,14 +65,14 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
             )
     for spec in stack.services:
         made_by = stack.trains(spec)
-        if made_by and spec.max_model_len and spec.max_model_len > made_by.model.max_context:
+        if made_by and spec.max_model_len and spec.max_model_len > made_by.shape.max_context:
             yield Finding(
                 code="SLW204",
                 severity="error",
                 where=f"services.{spec.name}.max_model_len",
-                message=f"max_model_len {spec.max_model_len} is above the model's {made_by.model.max_context} positions",
-                fix=f"max_model_len: {made_by.model.max_context}, or leave it out",
-                patch={f"services.{spec.name}.max_model_len": made_by.model.max_context},
+                message=f"max_model_len {spec.max_model_len} is above the model's {made_by.shape.max_context} positions",
+                fix=f"max_model_len: {made_by.shape.max_context}, or leave it out",
+                patch={f"services.{spec.name}.max_model_len": made_by.shape.max_context},
             )
 
 

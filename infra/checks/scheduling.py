@@ -7,6 +7,8 @@ from infra.catalog import instance, instances
 from infra.checks.demand import batch_ranks, pools
 from infra.checks.finding import Finding, Patch
 from infra.planner import Plan
+from infra.planner.trainable import obstacle
+from infra.planner.training import checked_layout, ranks_per_node
 from infra.spec import NodePool, Stack, Training
 
 
@@ -118,6 +120,37 @@ def gpus_are_asked_for(stack: Stack, _: Plan) -> Iterator[Finding]:
                 message=f"asks for no GPU on pool {pool.name!r}, whose {machine.name} nodes have {_gpus(machine.gpus, pool)}",
                 fix="gpus: 1, or a pool without GPUs",
                 patch={f"services.{service.name}.gpus": 1},
+            )
+
+
+def layout_can_be_trained(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW307: a layout that the trainer refuses when it starts, which is when the GPUs are there."""
+    training = stack.training
+    if training is None:
+        return
+    machine = instance(stack.pool(training.pool).instance)
+    layout = checked_layout(training, ranks=training.nodes * ranks_per_node(training, machine))
+    if reason := obstacle(layout, training):
+        yield Finding(
+            code="SLW307",
+            severity="error",
+            where="training.local_sgd" if reason.startswith("local_sgd") else "training.parallelism",
+            message=reason,
+            fix="another factor, more ranks, or the value that it is held against",
+        )
+
+
+def classifiers_are_not_served(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW308: the server answers with text, and a classifier has none: its replicas never get ready."""
+    for service in stack.services:
+        made_by = stack.trains(service)
+        if made_by and made_by.data.task.kind == "classify":
+            yield Finding(
+                code="SLW308",
+                severity="error",
+                where=f"services.{service.name}.model",
+                message=f"{service.model!r} is a classifier, and the server answers with text",
+                fix="leave the service out; the package opens in Transformers, and trainer.onnx makes an ONNX graph of it",
             )
 
 

@@ -49,7 +49,7 @@ def up(stack: StackName = "local", json: AsJson = False) -> None:
     manifests = state_dir(stack) / "manifests"
     try:
         with people.status("declaring the stack"):
-            render(stack_file(stack), manifests)
+            render(stack_file(stack), manifests, here=True)
         people.print()
         final = _run(manifests, state_dir(stack))
     except client.LocalError as error:

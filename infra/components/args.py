@@ -94,15 +94,29 @@ def model_registry(platform: Platform) -> ModelRegistryArgs:
 def image(platform: Platform, package: Package) -> BuiltImageArgs:
     opened = opened_urls(platform.stack)
     users = ("data", "train", "promote") if package == "trainer" else ("serve",)
-    return BuiltImageArgs(
-        images=platform.stack.images, package=package, urls=tuple(url for user in users for url in opened[user])
-    )
+    sinks = platform.stack.training.sinks if platform.stack.training and package == "trainer" else ()
+    urls = tuple(url for user in users for url in opened[user])
+    return BuiltImageArgs(images=platform.stack.images, package=package, urls=urls, packages=tuple(map(str, sinks)))
 
 
 def stages(platform: Platform, trainer: Image) -> Stages:
     registry_url = access(platform.stack.registry, writes=True).url
-    made = pipeline(platform.training, image_digest=trainer.digest, registry_url=registry_url)
+    made = pipeline(
+        platform.training, image_digest=trainer.digest, registry_url=registry_url, expected=_expected(platform)
+    )
     return Stages(image=trainer, pipeline=made)
+
+
+def _expected(platform: Platform) -> dict[str, float]:
+    """What the planner thinks of a rank, for the trainer to hold what it measures against; to three digits, as it knows them."""
+    run = platform.plan.training
+    assert run is not None
+    numbers = {
+        "peak_flops_per_rank": run.peak_flops_per_rank,
+        "step_s": run.step.value,
+        "memory_bytes": run.allocated_bytes,
+    }
+    return {name: float(f"{number:.3g}") for name, number in numbers.items() if number is not None}
 
 
 def data_job(platform: Platform, shared: Stages) -> DataJobArgs:
@@ -153,11 +167,15 @@ def inference_service(platform: Platform, service: Service, server: Image) -> In
     return InferenceServiceArgs(
         scope=platform.scope,
         service=service,
+        runtime=platform.stack.runtime(service),
         image=server,
         registry=access(platform.stack.registry, writes=False),
         placement=on_pool(platform.stack, service.pool),
         load_s=plan.service(service.name).load_s,
+        kv_tokens=plan.service(service.name).kv_tokens,
         model_within_s=int(2 * hours * 3600),
+        shared_storage=platform.stack.storage.shared,
+        storage_class=platform.stack.storage.class_name,
     )
 
 
@@ -172,15 +190,12 @@ def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
 
 
 def router(platform: Platform) -> RouterArgs:
-        runtime=platform.stack.runtime(service),
     stack = platform.stack
     return RouterArgs(
         scope=platform.scope,
         router=stack.router,
-        kv_tokens=plan.service(service.name).kv_tokens,
         services=stack.services,
-        shared_storage=platform.stack.storage.shared,
-        storage_class=platform.stack.storage.class_name,
+        runtimes=[stack.runtime(service) for service in stack.services],
         image=stack.images.router,
         placement=beside_pools(stack, [service.pool for service in stack.services]),
     )
@@ -193,18 +208,19 @@ def channel(platform: Platform, service: Service) -> str:
 
 def network(platform: Platform) -> NetworkArgs:
     stack = platform.stack
+    logs_outside = stack.training is not None and "wandb" in stack.training.sinks
     return NetworkArgs(
         scope=platform.scope,
-        runtimes=[stack.runtime(service) for service in stack.services],
         trains=stack.training is not None,
         serves=bool(stack.services),
+        scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),
         client_namespaces=stack.tenancy.ingress_from_namespaces,
         public=stack.router.expose == "LoadBalancer",
         monitoring_namespace=stack.tenancy.monitoring_namespace if stack.monitoring.enabled else None,
-        object_store_users=object_store_users(stack),
+        # Weights & Biases is HTTPS to somewhere, as an object store is.
+        object_store_users=(*object_store_users(stack), *(("train",) if logs_outside else ())),
     )
 
 
 def monitoring(platform: Platform) -> MonitoringArgs:
     return MonitoringArgs(scope=platform.scope, stack=platform.stack)
-        scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),

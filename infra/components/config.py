@@ -8,6 +8,8 @@ import pulumi
 
 from infra.spec import Stack, parse, read
 
+HERE = "slipway-render"
+
 
 def stack_from_config(directory: Path) -> Stack:
     """The checked stack of the running program, whose stack files lie in `directory`. Raises `StackError`, with lines.
@@ -21,6 +23,11 @@ def stack_from_config(directory: Path) -> Stack:
     if path.is_file():
         values |= {key: value for key, value in read(path).items() if key not in Stack.model_fields}
     return parse(values, path=path)
+
+
+def runs_here() -> bool:
+    """Whether the program's objects run as processes of this machine, which `slipway local` says when it renders them."""
+    return bool(pulumi.Config(HERE).get_bool("here"))
 
 
 def _value(text: str | None) -> Any:

@@ -29,12 +29,14 @@ class DataJob(pulumi.ComponentResource):
         self.job_name = f"data-{args.model}-{args.pipeline.data_digest}"
         files = {"data.yaml": args.pipeline.data}
         config = declare_config(self, name, object_name=self.job_name, component="data", scope=args.scope, files=files)
+        program = ["python", "-m", "trainer.data", "--config", "/config/data.yaml"]
+        places = args.pipeline.data_places
         prepare = container(
             name="data",
             image=args.image.reference,
-            command=["python", "-m", "trainer.data", "--config", "/config/data.yaml", f"out={args.pipeline.dataset}"],
+            command=[*program, f"out={args.pipeline.dataset}", *args.pipeline.data_words],
             resources=resources(args.resources, gpu_resource=args.scope.gpu_resource),
-            mounts=[CONFIG_MOUNT, DATA.mount],
+            mounts=[CONFIG_MOUNT, DATA.mount, *(place.mount for place in places)],
             variables=[threads_from_limit()],
         )
         declare_job(
@@ -48,6 +50,7 @@ class DataJob(pulumi.ComponentResource):
                 instance=self.job_name,
                 placement=args.placement,
                 containers=[prepare],
+                volumes=[place.volume for place in places],
                 grace_s=30,
             ),
             claims=[DATA],

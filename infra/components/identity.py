@@ -1,16 +1,18 @@
 """Which pods reach an object store, and as whom: pure functions of the spec."""
 
 from infra.components.model_registry import is_remote
-from infra.spec import Stack
+from infra.spec import Located, Stack
 
 
 def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
     """Component → URLs that its pods open; volumes and directories are not among them."""
-    corpus = getattr(stack.training.data.source, "path", None) if stack.training else None
+    training = stack.training
+    corpora = [source for _, source in training.data.sources if isinstance(source, Located)] if training else []
+    questions = training.evaluate.tasks if training else ()
     urls = {
-        "data": (corpus,),
+        "data": tuple(corpus.path for corpus in corpora),
         "train": (),
-        "promote": (stack.registry.url,) if stack.training else (),
+        "promote": (stack.registry.url, *(task.path for task in questions)) if training else (),
         "serve": (stack.registry.url,) if stack.services else (),
         "router": (),
         "keep": (),

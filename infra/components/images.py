@@ -30,6 +30,8 @@ class BuiltImageArgs:
     package: Package
     urls: tuple[str, ...]
     """URLs that the programs of the image open."""
+    packages: tuple[str, ...] = ()
+    """What the stack asks for besides the package's own dependencies."""
 
 
 class BuiltImage(pulumi.ComponentResource):
@@ -37,7 +39,7 @@ class BuiltImage(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: BuiltImageArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("slipway:index:Image", name, None, opts)
-        drivers = storage_drivers(args.urls)
+        drivers = tuple(sorted({*storage_drivers(args.urls), *args.packages}))
         content = content_digest(args.package, base=args.images.base, drivers=drivers)
         reference = reference_of(args.images, args.package, content=content)
         build = self._build(name, args, drivers, reference) if args.images.registry else None

@@ -6,12 +6,17 @@ to the rounding of floats, so that a run spread over more nodes is the same run,
 finished one is not paid for again. So a change re-runs what it touches, and nothing else.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from infra.catalog import Instance
 from infra.components.common import digest, plain
-from infra.spec import Parallelism, PodResources, Training
+from infra.components.places import Place, path_of, places_of
+from infra.spec import Located, Parallelism, PodResources, Training
+from infra.spec.data import TEXT
+from infra.spec.learning import Recover
 
 Json = dict[str, Any]
 
@@ -29,6 +34,14 @@ class Pipeline:
     train: Json
     evaluate: Json
     publish: Json
+    data_places: tuple[Place, ...]
+    """What the data program reads by path; the others below likewise."""
+    train_places: tuple[Place, ...]
+    evaluate_places: tuple[Place, ...]
+    data_words: tuple[str, ...]
+    """Its arguments `key=value`: config files hold no paths, so what has one is told so."""
+    train_words: tuple[str, ...]
+    evaluate_words: tuple[str, ...]
     data_digest: str
     train_digest: str
     evaluate_digest: str
@@ -47,21 +60,33 @@ class Pipeline:
         return f"{self.run}/evaluation-{self.evaluate_digest}"
 
 
-def pipeline(training: Training, *, image_digest: str, registry_url: str) -> Pipeline:
-    """Configs and digests of `training`; `image_digest` is that of the trainer's content."""
-    data = plain(training.data.model_dump(mode="json"))
-    train = _train(training)
-    evaluate = plain(training.evaluate.model_dump(mode="json"))
-    publish = {"gate": plain(training.gate.model_dump(mode="json"))}
-    data_digest = digest(["data", data, image_digest])
-    train_digest = digest(["train", train, image_digest, data_digest])
+def pipeline(
+    training: Training, *, image_digest: str, registry_url: str, expected: Mapping[str, float] | None = None
+) -> Pipeline:
+    """Configs and digests of `training`; `image_digest` is that of the trainer's content, `expected` what the planner thinks of
+    a rank (the trainer's `plan`), which decides nothing and is in no digest."""
+    base = [plain(training.base.model_dump(mode="json", exclude={"shape"}))] if training.base else []
+    data, train, evaluate, publish = _data(training), _train(training), _evaluate(training), _publish(training)
+    data_digest = digest(["data", data, image_digest, *base])
+    train_digest = digest(["train", train, image_digest, data_digest, *base])
     evaluate_digest = digest(["evaluate", evaluate, image_digest, train_digest])
     target = [registry_url, training.name, training.channel]
+    base_words = (f"base={path_of(training.base)}",) if training.base else ()
+    tune = [training.base] if training.base else []
+    data_config, data_words = _without_paths(data)
+    evaluate_config, evaluate_words = _without_paths(evaluate)
+    aside = _layout(training.layout) | _aside(training) | ({"plan": dict(expected)} if expected else {})
     return Pipeline(
-        data=data,
-        train=train | _layout(training.layout),
-        evaluate=evaluate,
+        data=data_config,
+        train=train | aside,
+        evaluate=evaluate_config,
         publish=publish,
+        data_places=places_of([*(s for _, s in training.data.sources if isinstance(s, Located)), *tune]),
+        train_places=places_of(tune),
+        evaluate_places=places_of(training.evaluate.tasks),
+        data_words=(*data_words, *base_words),
+        train_words=base_words,
+        evaluate_words=evaluate_words,
         data_digest=data_digest,
         train_digest=train_digest,
         evaluate_digest=evaluate_digest,
@@ -69,9 +94,17 @@ def pipeline(training: Training, *, image_digest: str, registry_url: str) -> Pip
     )
 
 
+def _data(training: Training) -> Json:
+    config = plain(training.data.model_dump(mode="json"))
+    _drop(config, mixture=[], task=TEXT.model_dump())
+    if training.base:
+        del config["vocab_size"]  # the package's own
+    return config
+
+
 def _train(training: Training) -> Json:
-    keys = {
-        "model",
+    """What decides the weights, with how often it is saved and logged."""
+    own = [
         "seq",
         "global_batch",
         "micro_batch",
@@ -79,10 +112,70 @@ def _train(training: Training) -> Json:
         "optim",
         "dtype",
         "seed",
-        "checkpoint",
-        "log_every_steps",
-    }
-    return plain(training.model_dump(mode="json", include=keys))
+        "document_mask",
+        "lora",
+        "local_sgd",
+    ]
+    if not training.base:
+        own.append("model")  # else the package's own
+    config = plain(training.model_dump(mode="json", include={*own, "checkpoint", "log_every_steps"}))
+    _drop(config, document_mask=False)
+    _drop(config.get("model", {}), family="llama")
+    return config
+
+
+def _aside(training: Training) -> Json:
+    """What decides no weight, where it is not as the trainer has it by itself."""
+    config = plain(training.model_dump(mode="json", include={"recover", "sinks", "look_at_traffic_every_steps"}))
+    _drop(config, recover=plain(Recover().model_dump(mode="json")), sinks=[])
+    return config
+
+
+def _evaluate(training: Training) -> Json:
+    config = plain(training.evaluate.model_dump(mode="json"))
+    _drop(config, tasks=[])
+    return config
+
+
+def _publish(training: Training) -> Json:
+    gate = plain(training.gate.model_dump(mode="json"))
+    _drop(gate, min_accuracy={})
+    # Left out, it would be the trainer's own: a gate that asks for more than was declared.
+    return {"gate": {"must_beat": None} | gate}
+
+
+def _drop(config: Json, **defaults: Any) -> None:
+    """Takes out keys whose value is the program's own default: what a stack does not say makes no new digest."""
+    for key, default in defaults.items():
+        if config.get(key) == default:
+            del config[key]
+
+
+def _without_paths(declared: Json) -> tuple[Json, tuple[str, ...]]:
+    """A config as its file has it, and as words what of it lies in a mounted place.
+
+    A word holds a whole key as JSON, since words do not reach into lists; in a word, a runner can rewrite paths.
+    """
+    seen = {key: _as_programs_see(value) for key, value in declared.items()}
+    words = {key: value for key, (value, mounted) in seen.items() if mounted}
+    kept = {key: value for key, (value, mounted) in seen.items() if not mounted}
+    return kept, tuple(f"{key}={json.dumps(value, ensure_ascii=False, sort_keys=True)}" for key, value in words.items())
+
+
+def _as_programs_see(value: Any) -> tuple[Any, bool]:
+    """`value` with every path as the programs open it, and whether one of them is mounted."""
+    if isinstance(value, list):
+        found = [_as_programs_see(inner) for inner in cast("list[Any]", value)]
+        return [inner for inner, _ in found], any(mounted for _, mounted in found)
+    if not isinstance(value, dict):
+        return value, False
+    config = cast("Json", value)
+    if "path" in config:
+        located = Located(path=config["path"], volume_claim=config.get("volume_claim"))
+        rest = {key: inner for key, inner in config.items() if key != "volume_claim"}
+        return rest | {"path": path_of(located)}, located.url is None
+    found = {key: _as_programs_see(inner) for key, inner in config.items()}
+    return {key: inner for key, (inner, _) in found.items()}, any(mounted for _, mounted in found.values())
 
 
 def _layout(layout: Parallelism) -> Json:

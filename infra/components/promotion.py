@@ -50,6 +50,7 @@ class Promotion(pulumi.ComponentResource):
                     self._evaluate(args),
                 ],
                 containers=[self._publish(args)],
+                volumes=[place.volume for place in args.pipeline.evaluate_places],
                 grace_s=30,
             ),
             claims=claims,
@@ -60,13 +61,14 @@ class Promotion(pulumi.ComponentResource):
 
     def _evaluate(self, args: PromotionArgs) -> core.ContainerArgs:
         pipeline = args.pipeline
+        words, places = pipeline.evaluate_words, [place.mount for place in pipeline.evaluate_places]
         paths = [f"model={pipeline.run}/model", f"data={pipeline.dataset}", f"out={pipeline.evaluation}"]
         return container(
             name="evaluate",
             image=args.image.reference,
-            command=["python", "-m", "trainer.evaluate", "--config", "/config/evaluate.yaml", *paths],
+            command=["python", "-m", "trainer.evaluate", "--config", "/config/evaluate.yaml", *paths, *words],
             resources=resources(args.resources, gpu_resource=args.scope.gpu_resource),
-            mounts=[CONFIG_MOUNT, DATA.mount, RUNS.mount],
+            mounts=[CONFIG_MOUNT, DATA.mount, RUNS.mount, *places],
             variables=[threads_from_limit()],
         )
 

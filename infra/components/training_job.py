@@ -58,7 +58,7 @@ class TrainingJob(pulumi.ComponentResource):
                 affinity=_same_zone(self.job_name) if args.training.nodes > 1 else None,
                 init_containers=[wait_for(args.image, f"{args.pipeline.dataset}/manifest.json", wait, [DATA])],
                 containers=[self._launch(args)],
-                volumes=[_shared_memory(args.resources)],
+                volumes=[_shared_memory(args.resources), *(place.volume for place in args.pipeline.train_places)],
                 # Karpenter leaves the node alone until the pod is done; a spot interruption comes all the same.
                 annotations={"karpenter.sh/do-not-disrupt": "true"},
                 grace_s=GRACE_S,
@@ -97,12 +97,14 @@ class TrainingJob(pulumi.ComponentResource):
         launcher += [f"--max-restarts={training.max_restarts}", "--rdzv-backend=c10d"]
         launcher += ["--rdzv-endpoint=$(RDZV_ENDPOINT)", f"--rdzv-id={self.job_name}", "--"]
         program = ["--config", "/config/train.yaml", f"data={pipeline.dataset}", f"run={pipeline.run}"]
-        return container(
+        shm = core.VolumeMountArgs(name="shm", mount_path="/dev/shm")  # noqa: S108
+        places = [place.mount for place in pipeline.train_places]
+        launch = container(
             name="train",
             image=args.image.reference,
-            command=[*launcher, *program],
+            command=[*launcher, *program, *pipeline.train_words],
             resources=resources(args.resources, gpus=args.gpus, gpu_resource=args.scope.gpu_resource),
-            mounts=[CONFIG_MOUNT, DATA.mount, RUNS.mount, core.VolumeMountArgs(name="shm", mount_path="/dev/shm")],  # noqa: S108
+            mounts=[CONFIG_MOUNT, DATA.mount, RUNS.mount, shm, *places],
             ports={"rdzv": RENDEZVOUS_PORT, "metrics": METRICS_PORT},
             variables=env(
                 METRICS_HOST="0.0.0.0",  # noqa: S104 - Prometheus scrapes it; a NetworkPolicy says who may
@@ -111,6 +113,9 @@ class TrainingJob(pulumi.ComponentResource):
                 OMP_NUM_THREADS=str(max(1, int(args.resources.cpus / args.ranks_per_node))),
             ),
         )
+        if training.secret:
+            launch.env_from = [core.EnvFromSourceArgs(secret_ref=core.SecretEnvSourceArgs(name=training.secret))]
+        return launch
 
 
 def _shared_memory(of: PodResources) -> core.VolumeArgs:

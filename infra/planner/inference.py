@@ -74,7 +74,7 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
         weights = memory.parts["weights"] * GIB
         width = value_bytes(service, on_gpu=instance.gpu is not None)
         kv_tokens = int(service.kv_gib * GIB // shape.kv_bytes_per_token(bytes_per_value=width))
-        length = service.max_model_len or (training.model.max_context if training else None)
+        length = service.max_model_len or (training.shape.max_context if training else None)
         # A cache that holds no request has no latency: SLW203 says so.
         if service.traffic and instance.gpu and service.gpus and kv_tokens >= 2:
             latency = latency_of(
@@ -106,7 +106,7 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
 def shape_of(service: Service, *, training: Training | None) -> Shape | None:
     """Shape of the model that is served: of the stack's own training, or by its name in the catalogue; None when not known."""
     if training:
-        return Shape.of(training.model, vocab_size=training.data.vocab_size)
+        return Shape.of(training.shape, vocab_size=training.data.vocab_size)
     known = models().get(service.model)
     return Shape.from_config(known) if known else None
 

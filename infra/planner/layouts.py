@@ -1,7 +1,7 @@
 """The fastest way to spread a training run over the GPUs of an instance that fits their memory with a margin."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from infra.catalog import Instance
 from infra.planner.estimate import Estimate
@@ -32,17 +32,39 @@ class Fit:
 
 
 def best_layout(
-    shape: Shape, *, seq: int, global_batch: int, instance: Instance, nodes: int, micro_batch: int | None = None
+    shape: Shape,
+    *,
+    seq: int,
+    global_batch: int,
+    instance: Instance,
+    nodes: int,
+    micro_batch: int | None = None,
+    allows: Callable[[Layout], bool] = lambda _: True,
+    adapt: Callable[[Run], Run] = lambda run: run,
 ) -> Fit | None:
-    """The fastest run on `nodes` nodes; None when none fits. `micro_batch` None: chosen too.
+    """The fastest run on `nodes` nodes among layouts that `allows` lets pass; None when none fits. `micro_batch` None: chosen
+    too. `adapt` says of a run what is not trained.
 
     Raises ValueError for an instance without a GPU.
     """
     best: Fit | None = None
     gpu = gpu_on(instance)
     for layout in candidates(shape, seq=seq, instance=instance, nodes=nodes):
+        if not allows(layout):
+            continue
         for recompute in RECOMPUTE:
-            run = _largest(shape, seq, global_batch, layout, recompute, micro_batch, room_gib=MARGIN * gpu.memory_gib)
+            template = Run(
+                shape=shape,
+                seq=seq,
+                micro_batch=1,
+                micro_batches=1,
+                layout=layout,
+                recompute=recompute,
+                states=FP32,
+                kernels=TRAINER,
+            )
+            room_gib = MARGIN * gpu.memory_gib
+            run = _largest(adapt(template), global_batch=global_batch, micro_batch=micro_batch, room_gib=room_gib)
             if run is None:
                 continue
             step_s = step_time(run, gpu=gpu, node=instance.gpus).value
@@ -72,17 +94,9 @@ def candidates(shape: Shape, *, seq: int, instance: Instance, nodes: int) -> Ite
                     yield layout
 
 
-def _largest(
-    shape: Shape,
-    seq: int,
-    global_batch: int,
-    layout: Layout,
-    recompute: Recompute,
-    micro_batch: int | None,
-    *,
-    room_gib: float,
-) -> Run | None:
+def _largest(template: Run, *, global_batch: int, micro_batch: int | None, room_gib: float) -> Run | None:
     """The run with the largest micro-batch that fits (a power of two times), or the one given; None when none does."""
+    layout = template.layout
     if global_batch % layout.batch_ranks:
         return None
     local, found = global_batch // layout.batch_ranks, None
@@ -90,16 +104,7 @@ def _largest(
     for size in sizes:
         if local % size:
             break
-        run = Run(
-            shape=shape,
-            seq=seq,
-            micro_batch=size,
-            micro_batches=local // size,
-            layout=layout,
-            recompute=recompute,
-            states=FP32,
-            kernels=TRAINER,
-        )
+        run = replace(template, micro_batch=size, micro_batches=local // size)
         if memory(run, statistic="device").value > room_gib:
             break
         if layout.pp > 1 and found and run.micro_batches < 4 * layout.pp:

@@ -7,10 +7,13 @@ that the checks would let pass: it fits the memory with their margin, and meets 
 from dataclasses import dataclass
 
 from infra.catalog import Instance, instance
+from infra.planner.adapters import adapted
+from infra.planner.base import with_shape
 from infra.planner.inference import MOST_REPLICAS, plan_service, replicas_for, replicas_per_node, server_of, shape_of
 from infra.planner.layouts import MARGIN, best_layout
 from infra.planner.search import SHOWN, of_cloud
 from infra.planner.shape import Shape
+from infra.planner.trainable import obstacle
 from infra.planner.training import describe, plan_training, ranks_per_node
 from infra.spec import NodePool, Parallelism, Service, Stack, Training
 
@@ -47,6 +50,9 @@ class _Option:
 def resolve(stack: Stack) -> Resolved:
     """The stack with every `auto` replaced. Raises ValueError that names the key where nothing does, or something is missing."""
     chosen = list[Chosen]()
+    if stack.training and stack.training.base and not stack.training.model:
+        stack = stack.model_copy(update={"training": with_shape(stack.training)})
+        chosen.append(_of_base(stack))
     for pool in [pool for pool in stack.node_pools if pool.instance == "auto"]:
         stack, choice = _choose_instance(stack, pool)
         chosen.append(choice)
@@ -63,6 +69,15 @@ def resolve(stack: Stack) -> Resolved:
     if chosen:
         stack = stack.model_copy(update={"services": tuple(services)})
     return Resolved(stack=stack, chosen=tuple(chosen))
+
+
+def _of_base(stack: Stack) -> Chosen:
+    training = stack.training
+    assert training is not None
+    assert training.base is not None
+    shape = Shape.of(training.shape, vocab_size=training.data.vocab_size)
+    says = f"{shape.layers} layers of {shape.hidden}, vocabulary {shape.vocab:,}"
+    return Chosen(where="training.model", value=says, why=f"the shape of {training.base.shape or training.base.path}")
 
 
 def _choose_instance(stack: Stack, pool: NodePool) -> tuple[Stack, Chosen]:
@@ -170,12 +185,14 @@ def _choose_layout(training: Training, *, machine: Instance) -> tuple[Training, 
         if training.nproc_per_node not in (None, machine.gpus):
             raise ValueError(f"{where}: auto uses all {machine.gpus} GPUs of a node; leave nproc_per_node out")
         fit = best_layout(
-            Shape.of(training.model, vocab_size=training.data.vocab_size),
+            Shape.of(training.shape, vocab_size=training.data.vocab_size),
             seq=training.seq,
             global_batch=training.global_batch,
             instance=machine,
             nodes=training.nodes,
             micro_batch=training.micro_batch,
+            allows=lambda layout: obstacle(layout, training) is None,
+            adapt=lambda run: adapted(run, training),
         )
         if fit is None:
             raise ValueError(

@@ -132,7 +132,11 @@ class Run:
     value_bytes: int = 2
     """Bytes of an activation."""
     trained: int | None = None
-    """Parameters that are trained; None: all. LoRA trains few, and the frozen ones keep only bf16 weights."""
+    """Parameters that are trained; None: all. LoRA trains few, and the frozen ones keep only their weights."""
+    frozen_bytes: float = 2
+    """Bytes of a frozen weight between steps."""
+    adapters_keep_inputs: bool = False
+    """The input of every matrix is kept for its adapter's gradient: activations as in training the whole."""
 
     @property
     def tokens(self) -> int:

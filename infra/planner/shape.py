@@ -27,6 +27,8 @@ class Shape:
     @classmethod
     def of(cls, model: ModelShape, *, vocab_size: int) -> Self:
         """The shape that a stack file declares."""
+        q_and_kv = (model.heads + 2 * model.kv_heads) * model.width_of_head
+        of_family = {"qwen2": q_and_kv, "qwen3": 2 * model.width_of_head}  # biases before attention; norms of q and k
         return cls(
             layers=model.layers,
             hidden=model.hidden,
@@ -36,6 +38,7 @@ class Shape:
             ffn=model.ffn,
             vocab=vocab_size,
             tied=model.tied_embeddings,
+            other=model.layers * of_family.get(model.family, 0),
         )
 
     @classmethod

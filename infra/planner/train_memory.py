@@ -23,7 +23,7 @@ def layer_bytes(run: Run) -> tuple[float, float]:
     """Bytes that one token keeps in one layer without recomputation, in bf16: (split over TP, whole on each TP rank)."""
     shape = run.shape
     h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
-    if run.trained is not None:
+    if run.trained is not None and not run.adapters_keep_inputs:
         return _adapted_layer_bytes(run), 0
     inner = 2 * q + 4 * kv + 2 * q  # q, k, v, attention's output
     if run.kernels.flash:
@@ -97,7 +97,7 @@ def stage_memory(run: Run, *, stage: int) -> dict[str, float]:
     trained = parameters if run.trained is None else run.trained / layout.pp / layout.tp
     state = trained * run.states.per_parameter(zero=layout.zero, shards=layout.shards)
     if run.trained is not None:
-        state += 2 * parameters / (layout.shards if layout.zero == 3 else 1)
+        state += run.frozen_bytes * parameters / (layout.shards if layout.zero == 3 else 1)
     split, whole = layer_bytes(run)
     wide = run.value_bytes / 2
     working_layer = wide * run.tokens * (split / layout.tp + whole)

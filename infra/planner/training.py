@@ -5,7 +5,8 @@ from math import isfinite
 
 from infra.catalog import Instance
 from infra.planner import cpu
-from infra.planner.estimate import Estimate
+from infra.planner.adapters import adapted
+from infra.planner.estimate import GIB, Estimate
 from infra.planner.machine import gpu_on
 from infra.planner.run import FP32, Kernels, Layout, Recompute, Run, check_layout
 from infra.planner.shape import Shape
@@ -19,6 +20,9 @@ TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True)
 
 RECOMPUTE: dict[str, Recompute] = {"none": "none", "selective": "matmul", "full": "full"}
 """What a stack calls it, and what the planner does."""
+
+NOT_TENSORS = ("allocator", "CUDA context, NCCL")
+"""Parts of a GPU's memory that `torch.cuda.max_memory_allocated` does not count."""
 
 FP32_SPEED = 0.5
 """Peak of TF32 products over bf16's (data sheets of A100 and H100)."""
@@ -37,6 +41,10 @@ class TrainingPlan:
     """Peak of one rank, GiB."""
     memory_limit_gib: float
     """What one rank may use: the GPU's memory, or its share of the pod's."""
+    allocated_bytes: float
+    """What the trainer will measure of `memory`: all that tensors hold on a GPU, the process's pages on a CPU."""
+    peak_flops_per_rank: float | None
+    """Dense FLOP/s of the rank's GPU in the type of its products; None on a CPU."""
     step: Estimate
     """Time of one optimizer step, seconds."""
     hours: Estimate
@@ -86,7 +94,7 @@ def checked_layout(training: Training, *, ranks: int) -> Layout:
     """The layout of a training. Raises ValueError that names the key for one that ranks or model do not allow."""
     try:
         layout = layout_of(training.layout, ranks=ranks)
-        check_layout(Shape.of(training.model, vocab_size=training.data.vocab_size), layout)
+        check_layout(Shape.of(training.shape, vocab_size=training.data.vocab_size), layout)
     except ValueError as error:
         raise ValueError(f"training.parallelism: {error}") from None
     return layout
@@ -94,9 +102,9 @@ def checked_layout(training: Training, *, ranks: int) -> Layout:
 
 def run_of(training: Training, *, ranks: int) -> Run:
     """The run that the training declares, on GPUs. Raises ValueError for a layout that the model does not allow."""
-    shape = Shape.of(training.model, vocab_size=training.data.vocab_size)
+    shape = Shape.of(training.shape, vocab_size=training.data.vocab_size)
     layout = checked_layout(training, ranks=ranks)
-    return Run(
+    run = Run(
         shape=shape,
         seq=training.seq,
         micro_batch=training.micro_batch,
@@ -107,6 +115,7 @@ def run_of(training: Training, *, ranks: int) -> Run:
         kernels=TRAINER,
         value_bytes=4 if training.dtype == "float32" else 2,
     )
+    return adapted(run, training)
 
 
 def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> TrainingPlan:
@@ -120,8 +129,10 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         step_s = training.global_batch * training.seq / speed
         step = Estimate(value=step_s, unit="s", parts={"compute": step_s}, assumptions=(why,))
         peak, limit, mfu, hfu = cpu.memory(training), _pod_limit_gib(training, instance), None, None
+        flops_per_s = None
     else:
         run, gpu = run_of(training, ranks=ranks), gpu_on(instance)
+        flops_per_s = gpu.tflops_bf16 * 1e12 * (FP32_SPEED if training.dtype == "float32" else 1)
         step = _gpu_step(run, training=training, instance=instance)
         peak, limit = memory(run, statistic="device"), gpu.memory_gib
         flops = run.shape.flops_per_token(seq=training.seq) * run.tokens_per_step
@@ -134,10 +145,12 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         pool=pool.name,
         ranks=ranks,
         layout=layout,
-        parameters=Shape.of(training.model, vocab_size=training.data.vocab_size).parameters,
+        parameters=Shape.of(training.shape, vocab_size=training.data.vocab_size).parameters,
         tokens=tokens,
         memory=peak,
         memory_limit_gib=limit,
+        allocated_bytes=GIB * sum(gib for part, gib in peak.parts.items() if part not in NOT_TENSORS),
+        peak_flops_per_rank=flops_per_s,
         step=step,
         hours=Estimate(value=hours, unit="h", assumptions=why),
         tokens_per_s=training.global_batch * training.seq / step.value,
@@ -172,7 +185,7 @@ def describe(layout: Layout) -> str:
 
 def _price(training: Training, *, instance: Instance, hours: float, step_s: float) -> dict[str, float | int | None]:
     """Fields of `TrainingPlan` about money and interruptions."""
-    parameters = Shape.of(training.model, vocab_size=training.data.vocab_size).parameters
+    parameters = Shape.of(training.shape, vocab_size=training.data.vocab_size).parameters
     save, rate = save_s(parameters=parameters, nodes=training.nodes), instance.interruptions_per_h * training.nodes
     spot = interrupted(hours=hours, interval_s=training.checkpoint.every_steps * step_s, save=save, rate_per_h=rate)
     best_s = min(best_interval_s(save=save, mean_between_s=3600 / rate), hours * 3600)

@@ -35,10 +35,12 @@ class Rendered:
     """Images that `pulumi up` builds: `{"tags": […], "dockerfile": …}`."""
 
 
-def run(stack_file: Path) -> Rendered:
+def run(stack_file: Path, *, here: bool = False) -> Rendered:
     """The objects that the program declares for `stack_file`. Raises `StackError`, `Refused`, `RenderError`."""
     load(stack_file)  # errors that name this very file, before the program starts
     values = {f"slipway:{key}": json.dumps(value) for key, value in read(stack_file).items()}
+    if here:
+        values["slipway-render:here"] = "true"
     stack = stack_file.name.removeprefix("Pulumi.").removesuffix(".yaml")
     recorder = _Recorder()
     try:

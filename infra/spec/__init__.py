@@ -1,19 +1,26 @@
 """What a stack file says, as plain, frozen, validated values. Imports neither Pulumi nor torch."""
 
+from infra.spec.data import Data, Located
+from infra.spec.judging import Evaluate, Gate
+from infra.spec.learning import Lora, Optim
 from infra.spec.load import StackError, load, parse, read
 from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
-from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Traffic
-from infra.spec.stack import Severity, Stack, schema, unknown
-from infra.spec.training import Data, Evaluate, Gate, ModelShape, Optim, Parallelism, PodResources, Training
 from infra.spec.runtimes import Runtime
+from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Traffic
+from infra.spec.shape import ModelShape, RopeScaling
+from infra.spec.stack import Severity, Stack, schema, unknown
+from infra.spec.training import Base, Parallelism, PodResources, Training
 
 __all__ = [
     "Autoscaling",
+    "Base",
     "Budget",
     "Data",
     "Evaluate",
     "Gate",
     "Images",
+    "Located",
+    "Lora",
     "ModelShape",
     "Monitoring",
     "NodePool",
@@ -24,7 +31,9 @@ __all__ = [
     "PodResources",
     "Quota",
     "Registry",
+    "RopeScaling",
     "Router",
+    "Runtime",
     "Service",
     "Severity",
     "Slo",
@@ -33,7 +42,6 @@ __all__ = [
     "Storage",
     "Tenancy",
     "Traffic",
-    "Runtime",
     "Training",
     "load",
     "parse",

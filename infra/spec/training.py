@@ -1,142 +1,17 @@
-"""What is trained: data, model shape, the run, how it is judged and where the result is published."""
+"""What is trained: data, model, the run, how it is judged and where the result is published."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Tag, model_validator
 
-from infra.spec.base import (
-    OR_AUTO,
-    Auto,
-    Misplaced,
-    Name,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Share,
-    Spec,
-)
+from infra.spec.base import OR_AUTO, Auto, Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from infra.spec.data import Data, Located
+from infra.spec.judging import CLASSIFICATION, Evaluate, Gate
+from infra.spec.learning import Checkpoint, LocalSgd, Lora, Optim, Recover
+from infra.spec.shape import ModelShape
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Baseline = Literal["unigram", "trigram", "kneser_ney_5"]
-
-
-class PythonStdlib(Spec):
-    kind: Literal["python-stdlib"]
-    """The source of Python's standard library: real text that is on every machine."""
-
-
-class TextFiles(Spec):
-    kind: Literal["text"]
-    """UTF-8 text files."""
-    path: str
-    """Directory or fsspec URL."""
-    glob: str = "**/*.txt"
-    """Which files below it."""
-
-
-class Data(Spec):
-    source: PythonStdlib | TextFiles = Field(discriminator="kind")
-    """Where the corpus comes from."""
-    vocab_size: PositiveInt = 1024
-    """Size of the byte-level BPE vocabulary that is trained on it."""
-    held_out: Share = 0.05
-    """Share of the files that training never sees."""
-    seed: NonNegativeInt = 0
-    """Which files are held out."""
-
-
-class ModelShape(Spec):
-    """A Llama-family decoder."""
-
-    layers: PositiveInt
-    """Transformer blocks."""
-    hidden: PositiveInt
-    """Width of the residual stream."""
-    heads: PositiveInt
-    """Query heads."""
-    kv_heads: PositiveInt
-    """Key/value heads (grouped-query attention); divides `heads`."""
-    head_dim: PositiveInt | None = None
-    """Width of a head; null: hidden / heads."""
-    ffn: PositiveInt
-    """Inner width of the gated MLP."""
-    max_context: PositiveInt
-    """Positions; written once, the server's longest context follows it."""
-    tied_embeddings: bool = True
-    """Input and output embeddings are one matrix."""
-    rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary embedding's wavelengths."""
-    norm_eps: PositiveFloat = 1e-5
-    """Epsilon of RMSNorm."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.head_dim is None and self.hidden % self.heads:
-            raise Misplaced(
-                f"hidden {self.hidden} is not a multiple of heads {self.heads}; set `head_dim` or change one", "hidden"
-            )
-        if self.heads % self.kv_heads:
-            divisors = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
-            nearest = min(divisors, key=lambda k: abs(k - self.kv_heads))
-            raise Misplaced(
-                f"kv_heads {self.kv_heads} does not divide heads {self.heads}; the nearest that does is {nearest}",
-                "kv_heads",
-            )
-        return self
-
-    @property
-    def width_of_head(self) -> int:
-        return self.head_dim or self.hidden // self.heads
-
-
-class Optim(Spec):
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    min_lr: NonNegativeFloat
-    """Learning rate at the last step."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warm-up."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decay of matrices; vectors are not decayed."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay rates of the moments."""
-    eps: PositiveFloat = 1e-8
-    """Epsilon of AdamW."""
-    grad_clip: PositiveFloat = 1.0
-    """Largest global gradient norm."""
-
-
-class Checkpoint(Spec):
-    every_steps: PositiveInt = 500
-    """Steps between checkpoints."""
-    keep: PositiveInt = 2
-    """Newest checkpoints kept."""
-
-
-class Sample(Spec):
-    prompt: str
-    """What the trained model completes in its report."""
-    max_tokens: PositiveInt = 64
-    """Length of the completion."""
-
-
-class Evaluate(Spec):
-    max_tokens: PositiveInt = 200_000
-    """Held-out tokens that are scored."""
-    baselines: tuple[Baseline, ...] = ("unigram", "trigram", "kneser_ney_5")
-    """n-gram models trained on the same tokens, so that a broken trainer can't look well."""
-    sample: Sample | None = None
-    """A completion to show."""
-
-
-class Gate(Spec):
-    must_beat: Baseline | None = "trigram"
-    """Baseline that the model's bits per byte must be below."""
-    max_bits_per_byte: PositiveFloat | None = None
-    """Upper bound of the model's bits per byte on held-out text."""
+Sink = Literal["tensorboard", "wandb"]
 
 
 class PodResources(Spec):
@@ -144,6 +19,27 @@ class PodResources(Spec):
     """CPUs requested (and the limit)."""
     memory_gib: PositiveFloat
     """Memory requested and limit, GiB."""
+
+
+class Base(Located):
+    """A model package in Hugging Face layout (Llama, Mistral, Qwen2 or Qwen3) that training begins from.
+
+    Its tokenizer, chat template and shape are taken over. One of the registry's volume is
+    `{volume_claim: registry, path: models/NAME/DIGEST}`.
+    """
+
+    shape: str | None = None
+    """Its shape for the plan: a model of the catalogue (`llama3-8b`, or one of $SLIPWAY_CATALOG). null: `training.model` says it,
+    or its config.json where that lies on this machine."""
+
+    @model_validator(mode="after")
+    def _is_a_directory(self) -> Self:
+        if self.url:
+            raise Misplaced(
+                f"{self.path!r} is a URL, and a package is read from a directory; copy it to a volume and name its claim",
+                "path",
+            )
+        return self
 
 
 class Parallelism(Spec):
@@ -180,8 +76,12 @@ class Training(Spec):
     """CPU and memory of a pod; null: what the instance allows."""
     data: Data
     """Corpus and tokenizer."""
-    model: ModelShape
-    """Shape of the model."""
+    model: ModelShape | None = None
+    """Shape of the model. With `base` the package has one, and this is what the plan computes with."""
+    base: Base | None = None
+    """Package to tune; null: weights begin at random."""
+    lora: Lora | None = None
+    """Train adapters and not all weights; null: all. Needs `base`."""
     seq: PositiveInt
     """Tokens in a training sequence."""
     global_batch: PositiveInt
@@ -196,10 +96,22 @@ class Training(Spec):
     """Compute type; `auto` takes bfloat16 where the hardware has it."""
     seed: NonNegativeInt = 0
     """Initialisation and order of the data."""
+    document_mask: bool = False
+    """No document of a window sees the one before it; chats and texts to classify never do."""
+    local_sgd: LocalSgd | None = None
+    """Replicas that train apart and meet every few steps; null: gradients are averaged at every step."""
     checkpoint: Checkpoint = Checkpoint()
     """When to save."""
+    recover: Recover = Recover()
+    """What to do when a step goes wrong."""
     log_every_steps: PositiveInt = 10
     """Steps between log lines."""
+    look_at_traffic_every_steps: PositiveInt | None = None
+    """Steps between two whose communication is measured, by collective; null: none is."""
+    sinks: tuple[Sink, ...] = ()
+    """Where the log goes besides the metrics: TensorBoard files in the run; Weights & Biases by the key in `secret`."""
+    secret: Name | None = None
+    """Secret of the namespace whose keys are environment variables of the training pods: `WANDB_API_KEY`."""
     max_restarts: NonNegativeInt = 6
     """Failed pods (by index) and ranks that are started again before the run counts as failed."""
     evaluate: Evaluate = Evaluate()
@@ -215,11 +127,80 @@ class Training(Spec):
         assert isinstance(self.parallelism, Parallelism), "resolve the stack first (infra.planner.resolve)"
         return self.parallelism
 
+    @property
+    def shape(self) -> ModelShape:
+        """`model`, once the planner knows that of `base`."""
+        assert self.model, "resolve the stack first (infra.planner.resolve)"
+        return self.model
+
+    @property
+    def located(self) -> dict[str, Located]:
+        """All that lies somewhere, by its key in the stack file."""
+        found = {f"training.data.{'.'.join(map(str, keys))}": source for keys, source in self.data.sources}
+        places: dict[str, Located] = {key: source for key, source in found.items() if isinstance(source, Located)}
+        places |= {f"training.evaluate.tasks.{task.name}": task for task in self.evaluate.tasks}
+        return places | ({"training.base": self.base} if self.base else {})
+
     @model_validator(mode="after")
-    def _sequence_fits(self) -> Self:
-        if self.seq > self.model.max_context:
+    def _begins_somewhere(self) -> Self:
+        if not self.model and not self.base:
+            raise Misplaced("give `model`, a shape to train from random weights, or `base`, a package to tune", "model")
+        if self.lora and not self.base:
+            raise Misplaced("adapters of random weights learn nothing; name the package to tune as `base`", "lora")
+        if self.base and self.model and self.base.shape:
+            raise Misplaced("`model` says the shape already; leave one of them out", "base", "shape")
+        if self.base and not self.model and "vocab_size" in self.data.model_fields_set:
+            raise Misplaced("the vocabulary is the base package's; leave it out", "data", "vocab_size")
+        if self.model and self.seq > self.model.max_context:
             raise Misplaced(
                 f"seq {self.seq} is above model.max_context {self.model.max_context}; lower seq or raise max_context",
                 "seq",
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_be_spread(self) -> Self:
+        if isinstance(self.parallelism, Parallelism):
+            tp, cp, pp = self.parallelism.tp, self.parallelism.cp, self.parallelism.pp
+            if self.lora and tp > 1:
+                raise Misplaced(f"adapters are not split over tp {tp}; shard with fsdp instead", "parallelism", "tp")
+            if (self.document_mask or self.data.task.kind != "text") and cp * pp > 1:
+                key = "cp" if cp > 1 else "pp"
+                raise Misplaced(
+                    "attention that stays within documents is not split over cp and pp; use fsdp or tp",
+                    "parallelism",
+                    key,
+                )
+        if "wandb" in self.sinks and not self.secret:
+            raise Misplaced("Weights & Biases asks for a key; name the Secret that has WANDB_API_KEY", "secret")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Self:
+        """A gate that could never open would be found out when the training has been paid for."""
+        kind, gate = self.data.task.kind, self.gate
+        if gate.must_beat and kind != "text":
+            instead = "min_accuracy: {classification: 0.9}" if kind == "classify" else "max_bits_per_byte"
+            raise Misplaced(
+                f"n-gram models say nothing of task {kind}; set must_beat: null and, for example, {instead}",
+                "gate",
+                "must_beat",
+            )
+        if gate.must_beat and gate.must_beat not in self.evaluate.baselines:
+            raise Misplaced(f"{gate.must_beat} is not among evaluate.baselines; add it there", "gate", "must_beat")
+        if kind == "classify":
+            self._judges_classes()
+        measured = [CLASSIFICATION] if kind == "classify" else [task.name for task in self.evaluate.tasks]
+        for name in gate.min_accuracy:
+            if name not in measured:
+                there = f"there is {', '.join(measured)}" if measured else "evaluate.tasks is empty"
+                raise Misplaced(f"nothing measures an accuracy of {name!r}; {there}", "gate", "min_accuracy", name)
+        return self
+
+    def _judges_classes(self) -> None:
+        if self.gate.max_bits_per_byte:
+            raise Misplaced("a classifier has no bits per byte; set min_accuracy", "gate", "max_bits_per_byte")
+        if self.evaluate.tasks:
+            raise Misplaced("a classifier writes no answers; leave tasks out", "evaluate", "tasks")
+        if self.evaluate.sample:
+            raise Misplaced("a classifier writes no text; leave sample out", "evaluate", "sample")
