@@ -82,17 +82,36 @@ def _smooth(curve: Mapping[int, float], *, bins: int) -> list[tuple[float, float
 
 
 def show_evaluation(outcome: Outcome, *, console: Console) -> None:
-    """Bits per byte of the model and of the n-gram models on text that neither has seen."""
+    """Bits per byte of the model and of the n-gram models on text that neither has seen; what it gets right."""
     found = outcome.evaluation
     if not found:
         return
+    if found["bits_per_byte"] is not None:
+        console.print(_bits(found))
+    if found.get("accuracy"):
+        console.print(_accuracy(found["accuracy"]))
+
+
+def _bits(found: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("held-out text")
     table.add_column("bits per byte", justify="right")
     rows = [(BASELINES.get(name, name), value) for name, value in found["baselines"].items()]
     for name, value in sorted([*rows, ("the model", found["bits_per_byte"])], key=lambda row: -row[1]):
         table.add_row(name, f"{value:.3f}", style="bold green" if name == "the model" else "")
-    console.print(table)
+    return table
+
+
+def _accuracy(by_task: Mapping[str, Any]) -> Table:
+    """A classifier's share of held-out texts that it gets right, and that of each set of questions."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("held-out questions", "right", "95 % interval", "of"):
+        table.add_column(name, justify="left" if name == "held-out questions" else "right")
+    for name, share in by_task.items():
+        what = "texts to classify" if name == "classification" else name
+        interval = f"{share['low']:.1%} to {share['high']:.1%}"
+        table.add_row(what, Text(f"{share['value']:.1%}", style="bold green"), interval, f"{share['count']:,}")
+    return table
 
 
 def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, console: Console) -> None:

@@ -26,7 +26,7 @@ def serving_dashboard(stack: Stack) -> str:
 
 
 def training_dashboard(stack: Stack) -> str:
-    """Loss, speed, gradient norm, learning rate, checkpoints."""
+    """Loss, speed, gradient norm, learning rate, checkpoints; what was measured to what was planned."""
     board = _board(stack, "training")
     panels = [
         _panel("Loss", "short", [("loss", series("slipway_train_loss", stack))]),
@@ -43,6 +43,28 @@ def training_dashboard(stack: Stack) -> str:
             ],
         ),
         _panel("Time of a checkpoint", "s", [("save", series("slipway_train_checkpoint_seconds", stack))]),
+        _panel(
+            "Measured to planned",
+            "percentunit",
+            [
+                ("time of a step", series("slipway_train_step_to_planned_ratio", stack)),
+                ("memory", series("slipway_train_memory_to_planned_ratio", stack)),
+            ],
+            limit=1,
+        ),
+        _panel(
+            "FLOPs of the peak",
+            "percentunit",
+            [("MFU", series("slipway_train_mfu_ratio", stack)), ("HFU", series("slipway_train_hfu_ratio", stack))],
+        ),
+        _panel(
+            "Where the time goes",
+            "percentunit",
+            [
+                ("goodput", series("slipway_train_goodput_ratio", stack)),
+                ("waiting for data", series("slipway_train_data_wait_ratio", stack)),
+            ],
+        ),
     ]
     for panel in panels:
         board = board.with_panel(panel)

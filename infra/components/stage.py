@@ -39,10 +39,11 @@ class Image:
 def declare_config(
     parent: pulumi.Resource, name: str, *, object_name: str, component: str, scope: Scope, files: Mapping[str, Any]
 ) -> core.ConfigMap:
-    """An immutable ConfigMap of YAML files; its name must carry a digest of them."""
+    """An immutable ConfigMap of YAML files; its name must carry a digest of what they decide. What decides nothing (a layout, what
+    the planner expects) may change under the same name, for which the ConfigMap is made anew."""
     return core.ConfigMap(
         f"{name}-config",
-        metadata=scope.meta(object_name, component=component),
+        metadata=scope.meta(object_name, component=component, annotations=REPLACE),
         data={file: yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=True) for file, value in files.items()},
         immutable=True,
         opts=pulumi.ResourceOptions(parent=parent),

@@ -123,6 +123,18 @@ def test_outcome_shows_curve_and_every_baseline() -> None:
     ] * 4
 
 
+def test_a_classifier_is_shown_by_what_it_gets_right() -> None:
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    right = {"value": 0.91, "low": 0.88, "high": 0.94, "count": 400}
+    event = {"event": "evaluation", "bits_per_byte": None, "baselines": {}, "accuracy": {"classification": right}}
+    show_evaluation(outcome_of([json.dumps(event)]), console=console)
+    text = console.export_text()
+    assert "texts to classify" in text
+    assert "91.0%" in text
+    assert "88.0% to 94.0%" in text
+    assert "bits per byte" not in text
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_board_draws_every_event(terminal: bool) -> None:
     console = Console(record=True, width=120, force_terminal=terminal, file=open(os.devnull, "w"))  # noqa: SIM115
