@@ -1,4 +1,4 @@
-"""`python -m trainer --config train.yaml data=DIR run=DIR [base=DIR]`, alone or as one rank of torchrun."""
+"""`python -m trainer --config train.yaml data=DIR run=DIR [base=DIR] [checkpoints=URL]`, alone or as one rank of torchrun."""
 
 import ctypes
 import os
@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> None:
     from trainer.train import train
 
     base = Path(places["base"]) if "base" in places else None
-    train(config, data=Path(places["data"]), run=Path(places["run"]), base=base, stop=stop)
+    checkpoints = places.get("checkpoints")
+    train(config, data=Path(places["data"]), run=Path(places["run"]), base=base, checkpoints=checkpoints, stop=stop)
 
 
 run_program(main)

@@ -73,7 +73,7 @@ def read_train_command(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str,
         "trainer",
         TrainConfig,
         places=("data", "run"),
-        optional=("base",),
+        optional=("base", "checkpoints"),
         arguments=arguments,
         complete=shape_of_base,
     )

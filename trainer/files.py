@@ -29,24 +29,15 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_files(directory: Path, *, leave_out: tuple[str, ...] = (), prefix: str = "") -> dict[str, dict[str, Any]]:
-    """`{relative path: {"sha256", "bytes"}}` of every file under a directory whose path has the prefix, sorted by path."""
+def describe_files(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"sha256", "bytes"}}` of every file under a directory, sorted by path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [(path.relative_to(directory).as_posix(), path) for path in files]
     return {
         name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
         for name, path in names
-        if name not in leave_out and name.startswith(prefix)
+        if name not in leave_out
     }
-
-
-def damaged_file(directory: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    """The first file that is absent or does not have the digest that the manifest gives it; None when all are whole."""
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
-            return name
-    return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -90,12 +90,6 @@ def _fit_pipeline(config: TrainConfig, *, grad_accum: int) -> None:
     if pp == 1:
         return
     stages = pp * (config.parallelism.pp_stages_per_rank if interleaved else 1)
-    if config.model.tied_embeddings:
-        raise Refused(
-            "tied embeddings would lie on the first and the last rank of the pipeline at once",
-            where="model.tied_embeddings",
-            fix="Set model.tied_embeddings to false, or pp to 1.",
-        )
     if config.model.layers < stages:
         raise Refused(
             f"{config.model.layers} layers are too few for {stages} stages of a pipeline",
@@ -116,7 +110,7 @@ def fit_dataset(config: TrainConfig, *, vocab_size: int, documents: bool) -> Non
 
     Raises Refused when they cannot.
     """
-    tp, cp, pp = config.parallelism.tp, config.parallelism.cp, config.parallelism.pp
+    tp, cp = config.parallelism.tp, config.parallelism.cp
     if vocab_size % tp:
         raise Refused(
             f"the dataset's vocabulary of {vocab_size} does not divide by tp {tp}",
@@ -124,11 +118,11 @@ def fit_dataset(config: TrainConfig, *, vocab_size: int, documents: bool) -> Non
             fix=f"Make the dataset with vocab_size {-(-vocab_size // tp) * tp}, or set tp to "
             f"{_largest_divisor(vocab_size, at_most=tp)}.",
         )
-    if documents and cp * pp > 1:
+    if documents and cp > 1:
         raise Refused(
-            f"attention that stays within documents is not split over cp {cp} and pp {pp}",
-            where="parallelism",
-            fix="Set cp and pp to 1, with dp_shard or tp in their place, or train on a text without document_mask.",
+            f"attention that stays within documents is not split over cp {cp}",
+            where="parallelism.cp",
+            fix="Set cp to 1, with dp_shard or tp in its place, or train on a text without document_mask.",
         )
 
 

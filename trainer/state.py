@@ -1,13 +1,12 @@
 """What a checkpoint holds: weights and moments by the names of the parameters, whatever layout they lie in."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader
 
 from trainer.parallel.memory import plain_name
 from trainer.parallel.ranks import Ranks
@@ -51,7 +50,7 @@ def _prepare_moments(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def load_weights(weights: dict[str, Tensor], checkpoint: Path, *, replica: int | None = None) -> None:
-    """Fills whole tensors, by the names of parameters, from a checkpoint that was saved in whatever layout."""
+def load_weights(weights: dict[str, Tensor], checkpoint: str, *, replica: int | None = None) -> None:
+    """Fills whole tensors, by the names of parameters, from the checkpoint under a URL, whatever layout saved it."""
     state = {"model": weights} if replica is None else {f"replica-{replica}": {"model": weights}}
-    state_dict_loader.load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    state_dict_loader.load(state, storage_reader=FsspecReader(checkpoint), no_dist=True)

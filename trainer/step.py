@@ -4,8 +4,10 @@ import math
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,12 +42,11 @@ def train_step(
     """
     where = {"micro_batch": config.micro_batch, "rank": ranks.dp_rank, "world": ranks.dp}
     drawn = [cursor.batch(step, micro=micro, **where) for micro in range(config.grad_accum(ranks.dp))]
+    targets = sum(int(np.count_nonzero(batch.targets_BL != IGNORED)) for batch in drawn)
     batches = [batch.tensors(ranks.device) for batch in drawn]
-    targets = torch.stack([(targets != IGNORED).sum() for _, targets, _ in batches]).sum()
     loss_sum = accumulate(model, batches, ranks=ranks, autocast=precision(config.dtype, ranks.device))
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = gradient_norm(gradients, ranks=ranks)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = gradient_norm(model, parameters, ranks=ranks)
     agreed = _agree(loss_sum, targets, norm, stop, ranks)
 
     # Gradients are of sums so far, averaged over ranks: now they become those of the mean, no longer than grad_clip.
@@ -59,7 +60,7 @@ def train_step(
             where=f"optim.lr {lr:g}",
             fix="Lower optim.lr or raise optim.warmup_steps, or set recover.bad_step to skip; the checkpoints are kept.",
         )
-    scale_gradients(gradients, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
+    scale_gradients(parameters, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -75,18 +76,21 @@ class _Agreed:
     stopping: bool
 
 
-def _agree(loss_sum: Tensor, targets: Tensor, norm: Tensor, stop: StopSignal, ranks: Ranks) -> _Agreed:
+def _agree(loss_sum: Tensor, targets: int, norm: Tensor, stop: StopSignal, ranks: Ranks) -> _Agreed:
     """What all ranks know after one all-reduce of a few numbers, and the one wait for the device in a step.
 
     It has to be before the optimizer step, because a step with a loss that is not finite must not be made.
     """
-    shared = torch.zeros(3 + ranks.replicas, dtype=torch.float64, device=ranks.device)
-    shared[2] = float(stop.received is not None)
+    stopping = stop.received is not None
+    if ranks.world == 1:
+        loss, norm_now = torch.stack([loss_sum, norm]).tolist()
+        return _Agreed(loss / max(targets, 1), max(targets, 1), norm_now, stopping)
+    known = [0.0, 0.0, float(stopping), *[0.0] * ranks.replicas]
+    if ranks.counts_targets:
+        known[1] = known[3 + ranks.replica] = float(targets)
+    shared = torch.tensor(known, dtype=torch.float64, device=ranks.device)
     if ranks.counts_loss:
         shared[0] = loss_sum
-    if ranks.counts_targets:
-        shared[1] = targets
-        shared[3 + ranks.replica] = targets
     ranks.sum(shared)
     total, all_targets, told, *of_replicas, norm_now = torch.cat([shared, norm.double().unsqueeze(0)]).tolist()
     replica_targets = of_replicas[ranks.replica] if ranks.independent_replicas else all_targets
@@ -112,6 +116,7 @@ def computes_in_bfloat16(dtype: str, device: torch.device) -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and native)
 
 
+@cache
 def cpu_has_bfloat16() -> bool:
     """AVX-512 BF16 or AMX; without them bfloat16 on a CPU is emulated and slower than float32."""
     capabilities = torch.backends.cpu.get_cpu_capability()

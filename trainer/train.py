@@ -31,6 +31,7 @@ from trainer.provenance import hardware, source_revision
 from trainer.reports import Reports
 from trainer.state import load_weights
 from trainer.step import BadStep, computes_in_bfloat16, make_deterministic, train_step
+from trainer.storage import Storage
 from trainer.traffic import Traffic
 from trainer.watchdog import STARTING, Watchdog, earlier_hangs
 
@@ -45,11 +46,13 @@ def train(
     run: Path,
     stop: StopSignal,
     base: Path | None = None,
+    checkpoints: str | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Trains the model of `config` on the dataset in `data` to a package in `run/model/`, from where it last stopped.
 
-    It begins from the weights of the package `base`, where there is one.
+    It begins from the weights of the package `base`, where there is one. `checkpoints` is the fsspec URL of a place for
+    them, when it is not in the run directory.
 
     Raises Refused for a config, dataset or run directory that cannot work, Failed for a loss that is not finite or a
     disk that is full, Interrupted when `stop` was received and the state is on disk.
@@ -64,12 +67,12 @@ def train(
     if not skipped:
         make_deterministic(config.seed)
         run.mkdir(parents=True, exist_ok=True)
+        storage = Storage(checkpoints or str(run / "checkpoints"))
         for path in earlier_hangs(run):
             log.emit("hung", level="warning", message=f"an earlier start hung, and {path} says where")
         with Watchdog(run, rank=int(os.environ.get("RANK", "0")), timeout_s=config.recover.hang_timeout_s) as watchdog:
-            _train_together(
-                config, dataset, run, layout, origin=origin, stop=stop, log=log, watchdog=watchdog, on_step=on_step
-            )
+            parts = {"origin": origin, "storage": storage, "stop": stop, "log": log, "watchdog": watchdog}
+            _train_together(config, dataset, run, layout, on_step=on_step, **parts)
     if (run / "loss.png").exists():
         log.emit("artifact", kind="plot", path=str(run / "loss.png"))
     log.emit("artifact", kind="model", path=str(run / "model"))
@@ -100,6 +103,7 @@ def _train(
     *,
     ranks: Ranks,
     origin: Origin,
+    storage: Storage,
     stop: StopSignal,
     log: Log,
     watchdog: Watchdog,
@@ -123,7 +127,7 @@ def _train(
     identity = digest_of(
         {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2, **apart}
     )
-    checkpoints = Checkpoints(run, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
+    checkpoints = Checkpoints(storage, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
     outputs = dataset.vocab_size if labels is None else labels
     reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=cursor, log=log)
     traffic = Traffic(every_steps=config.look_at_traffic_every_steps, registry=reports.metrics.registry, log=log)
@@ -188,7 +192,7 @@ def _train(
     reports.close()
     watchdog.beat(patience=4)
     if ranks.first:
-        model, read = _whole_model(config, dataset, laid, checkpoints.path(config.steps), ranks=ranks)
+        model, read = _whole_model(config, dataset, laid, storage.url(config.steps), ranks=ranks)
         _finish(config, dataset, run, model=model, read=read, origin=origin, history=reports.history)
     ranks.barrier()
 
@@ -223,7 +227,7 @@ def _finished(config: TrainConfig, dataset: Dataset, run: Path, origin: Origin) 
 
 
 def _whole_model(
-    config: TrainConfig, dataset: Dataset, laid: Laid, checkpoint: Path, *, ranks: Ranks
+    config: TrainConfig, dataset: Dataset, laid: Laid, checkpoint: str, *, ranks: Ranks
 ) -> tuple[Decoder, Read | None]:
     """The model as it lies on this rank, or where ranks share it its shape, and how to read its last checkpoint."""
     if ranks.mesh is None:

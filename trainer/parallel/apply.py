@@ -14,7 +14,7 @@ from trainer.model import Decoder, initialise, rope_tables
 from trainer.package import make_decoder
 from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.memory import apply_recompute, inner_block, plain_name
-from trainer.parallel.pipeline import Elsewhere, Pipeline, keep_stage, stages_of
+from trainer.parallel.pipeline import Elsewhere, Pipeline, is_tied, keep_stage, stages_of
 from trainer.parallel.ranks import Ranks
 from trainer.parallel.tensor import apply_tensor_parallel
 
@@ -103,7 +103,7 @@ def _materialise_and_shard(part: Decoder, config: TrainConfig, ranks: Ranks, *, 
         _materialise(layer, prefix=_prefix_of(part, layer), seed=config.seed, device=ranks.device)
         if mesh is not None and not isinstance(inner_block(layer), Elsewhere):
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    tied = config.model.tied_embeddings and part.labels is None
+    tied = is_tied(part) and isinstance(part.head, nn.Linear)
     for name, module in part.named_modules():
         its_own = any(True for _ in module.parameters(recurse=False)) and not name.startswith("model.layers.")
         if its_own and not (tied and module is part.head):

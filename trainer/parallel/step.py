@@ -1,5 +1,6 @@
 """Forward and backward over the micro-batches of a step, and what is done with the gradients, in any layout."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,7 +32,9 @@ def accumulate(
         if isinstance(model, Pipeline):
             tokens = torch.cat([_own(tokens, ranks) for tokens, _, _ in batches])
             targets = torch.cat([_own(targets, ranks) for _, targets, _ in batches])
-            losses = [_plain(loss.detach()) for loss in model.step(tokens, targets)]
+            masked = batches[0][2] is not None
+            documents = torch.cat([rows for _, _, rows in batches if rows is not None]) if masked else None
+            losses = [_plain(loss.detach()) for loss in model.step(tokens, targets, documents)]
             return torch.stack(losses).sum() if losses else torch.zeros((), device=ranks.device)
         total = torch.zeros((), device=ranks.device)
         for number, (tokens, targets, documents) in enumerate(batches, start=1):
@@ -78,9 +81,12 @@ def _without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[Any
     return _FsdpWithoutSync(model) if isinstance(model, FSDPModule) else nullcontext()
 
 
-def gradient_norm(gradients: list[Tensor], *, ranks: Ranks) -> Tensor:
+def gradient_norm(model: nn.Module | Pipeline, parameters: Iterable[Tensor], *, ranks: Ranks) -> Tensor:
     """The norm of all gradients of the model, wherever they are; a scalar on the device."""
-    norm = _plain(nn.utils.get_total_norm(gradients))
+    counted = [
+        p.grad for p in parameters if p.grad is not None and not (isinstance(model, Pipeline) and model.is_copy(p))
+    ]
+    norm = _plain(nn.utils.get_total_norm(counted))
     if ranks.mesh is None or ranks.mesh["pp"].size() == 1:
         return norm
     squares = norm.square()
@@ -89,5 +95,5 @@ def gradient_norm(gradients: list[Tensor], *, ranks: Ranks) -> Tensor:
 
 
 @torch.no_grad()
-def scale_gradients(gradients: list[Tensor], factor: float) -> None:
-    torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)  # pyright: ignore[reportPrivateImportUsage]

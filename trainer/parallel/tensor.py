@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from trainer.model import Block, Decoder
+from trainer.parallel.pipeline import is_tied
 
 _ALL, _SEQUENCE = Replicate(), Shard(1)
 
@@ -35,8 +36,11 @@ def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     for layer in decoder.model.layers:
         if isinstance(layer, Block):
             _split_block(layer, mesh)
-    if decoder.config.tied_embeddings and isinstance(decoder.head, nn.Linear):
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight  # both are Shard(0) of it
+    if is_tied(decoder) and isinstance(decoder.head, nn.Linear):
+        if isinstance(decoder.model.embed_tokens, nn.Embedding):
+            decoder.lm_head.weight = decoder.model.embed_tokens.weight  # both are Shard(0) of it
+        else:
+            decoder.model.embed_tokens.weight = decoder.lm_head.weight
 
 
 def _split_block(block: Block, mesh: DeviceMesh) -> None:

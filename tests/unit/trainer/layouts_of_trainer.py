@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.data import Cursor, TokenStream
+from trainer.data.windows import StreamWindows
 from trainer.errors import StopSignal
 from trainer.layout import layout_of
 from trainer.local_sgd import LocalSgd
@@ -30,6 +31,7 @@ from trainer.parallel import Laid, Ranks, lay_out
 from trainer.parallel.ranks import place
 from trainer.progress import Progress
 from trainer.step import make_deterministic, train_step
+from trainer.storage import Storage
 from trainer.traffic import Traffic
 
 VOCAB, STEPS = 64, 5
@@ -68,7 +70,8 @@ def cursor_of(directory: Path, config: TrainConfig) -> Cursor:
             tokens.append(int(follows[tokens[-1]]) if surprise > 0.2 else int(draws.integers(VOCAB)))
         np.array(tokens).astype("<u2").tofile(path)
     stream = TokenStream([path], dtype=np.dtype("<u2"))
-    return Cursor.over(stream, seq=config.seq, global_batch=config.global_batch, seed=3)
+    windows = StreamWindows(stream, seq=config.seq, end_of_text=0 if config.document_mask else None)
+    return Cursor([(windows, 1.0)], global_batch=config.global_batch, seed=3)
 
 
 def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +85,13 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
     cursor, stop, found, progress = cursor_of(directory, config), StopSignal(), [], Progress()
     saved, log = CheckpointConfig(), Log(rank=1)
     if "load" in test:
-        checkpoints = Checkpoints(directory / test["load"], config=saved, identity="it", ranks=ranks, log=log)
+        checkpoints = Checkpoints(
+            Storage(str(directory / test["load"])), config=saved, identity="it", ranks=ranks, log=log
+        )
         loaded = checkpoints.load_newest(laid.parts, optimizer, **(outer.state() if outer else {}))
         assert loaded is not None
         progress = loaded
-    checkpoints = Checkpoints(directory / name, config=saved, identity="it", ranks=ranks, log=log)
+    checkpoints = Checkpoints(Storage(str(directory / name)), config=saved, identity="it", ranks=ranks, log=log)
     while progress.step < STEPS:
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
         with traffic.look(progress.step):
@@ -141,4 +146,5 @@ if __name__ == "__main__":
     world, out, layouts = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     Path(out).mkdir(parents=True, exist_ok=True)
     cursor_of(Path(out), config_of({}))
-    torch.multiprocessing.spawn(run_rank, (world, out, layouts), nprocs=world)  # pyright: ignore[reportPrivateImportUsage]
+    # Forked, the ranks share the seconds that imports take; nothing here has started a thread.
+    torch.multiprocessing.start_processes(run_rank, (world, out, layouts), nprocs=world, start_method="fork")  # pyright: ignore[reportPrivateImportUsage]

@@ -24,7 +24,6 @@ def config_of(parallelism: dict, **more) -> TrainConfig:
         ({"tp": 2}, 2, {"model": {"ffn": 33}}, r"model.ffn 33 does not divide by tp 2 .*Set tp to 1"),
         ({"cp": 2}, 2, {"seq": 30}, r"seq 30 does not divide into the 4 pieces of cp 2 .*Set seq to 28"),
         ({"pp": 4}, 4, {}, r"2 layers are too few for 4 stages .*Set pp to at most 2"),
-        ({"pp": 2}, 2, {"model": {"tied_embeddings": True}}, r"tied embeddings .*Set model.tied_embeddings to false"),
         ({"pp": 2}, 2, {"micro_batch": 4}, r"needs at least 2 micro-batches a step and has 1 .*grad_accum is 2"),
         ({}, 3, {}, r"global_batch 4 does not divide by micro_batch 2 x 3 ranks"),
         ({}, 1, {"local_sgd": {"every_steps": 5}}, r"local_sgd has 1 replica to average"),
@@ -38,7 +37,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(parallelism, world, more,
 def test_a_dataset_that_tensor_or_context_ranks_cannot_share_is_refused():
     with pytest.raises(Refused, match=r"vocabulary of 301 does not divide by tp 2 .*vocab_size 302"):
         fit_dataset(config_of({"tp": 2}), vocab_size=301, documents=False)
-    with pytest.raises(Refused, match=r"not split over cp 2 and pp 1"):
+    with pytest.raises(Refused, match=r"not split over cp 2"):
         fit_dataset(config_of({"cp": 2}), vocab_size=300, documents=True)
 
 

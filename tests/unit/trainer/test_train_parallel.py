@@ -14,6 +14,7 @@ ROUNDED, COARSE = 2e-5, 2e-2
 """Relative tolerances: float32 added up in another order, and bfloat16."""
 
 TIED = {"model": {"tied_embeddings": True}}
+DOCUMENTS = {"document_mask": True}
 LOCAL = {"every_steps": 1, "outer_lr": 1.0, "outer_momentum": 0.0}
 STREAMED = {"every_steps": 2, "outer_lr": 0.7, "outer_momentum": 0.6, "fragments": 2, "overlap_steps": 1}
 PLAIN = {"optim": {"lr": 0.3, "grad_clip": 1e9}}
@@ -31,6 +32,20 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp x fsdp bf16": {**split(pp=2, dp_shard=2), "dtype": "bfloat16"},
         "tied cp x fsdp, full": {**split(cp=2, dp_shard=2, recompute="full"), **TIED},
         "interleaved pp x cp": {**split(pp=2, cp=2, pp_schedule="interleaved")},
+        "tied pp x fsdp": {**split(pp=2, dp_shard=2), **TIED, "test": {"save_at": 2}},
+        "tied interleaved pp x tp": {**split(pp=2, tp=2, pp_schedule="interleaved"), **TIED},
+        "documents pp x fsdp": {**split(pp=2, dp_shard=2), **DOCUMENTS},
+    },
+    8: {
+        "pp x fsdp x tp as saved by fsdp x tp": {
+            **split(pp=2, dp_shard=2, tp=2),
+            "test": {"load": "fsdp x tp, selective"},
+        },
+        "tied hsdp x tp as saved by tied pp x fsdp": {
+            **split(dp_shard=2, tp=2),
+            **TIED,
+            "test": {"load": "tied pp x fsdp"},
+        },
     },
     2: {
         "ddp": {"test": {"traffic": 3}},
@@ -39,6 +54,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tied tp": {**split(tp=2), **TIED},
         "cp as saved by fsdp x tp": {**split(cp=2), "test": {"load": "fsdp x tp, selective"}},
         "pp as saved by fsdp x tp": {**split(pp=2), "test": {"load": "fsdp x tp, selective"}},
+        "tied cp as saved by tied pp x fsdp": {**split(cp=2), **TIED, "test": {"load": "tied pp x fsdp"}},
+        "documents, interleaved pp": {**split(pp=2, pp_schedule="interleaved"), **DOCUMENTS},
         "sgd ddp": {**PLAIN, "test": {"optimizer": "sgd"}},
         "sgd apart, every step": {**PLAIN, "local_sgd": LOCAL, "test": {"optimizer": "sgd"}},
         "streamed": {"local_sgd": STREAMED, "test": {"save_at": 3}},
@@ -48,7 +65,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one": {},
         "tied one": TIED,
         "one bf16": {"dtype": "bfloat16"},
+        "documents one": DOCUMENTS,
         "one as saved by fsdp x tp": {"test": {"load": "fsdp x tp, selective"}},
+        "tied one as saved by tied pp x fsdp": {**TIED, "test": {"load": "tied pp x fsdp"}},
         "one, full recompute": split(recompute="full"),
         "one, large batch": {"micro_batch": 16},
     },
@@ -76,7 +95,9 @@ def assert_same(curve: list[list[float]], reference: list[list[float]], *, toler
 
 
 def reference_of(name: str) -> str:
-    return "tied one" if "tied" in name else "one bf16" if "bf16" in name else "one"
+    return next(
+        (f"{kind} one" for kind in ("tied", "documents") if kind in name), "one bf16" if "bf16" in name else "one"
+    )
 
 
 ALIKE = [name for layouts in LAYOUTS.values() for name in layouts if "sgd" not in name and "streamed" not in name]

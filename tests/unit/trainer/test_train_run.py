@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from trainer.config import TrainConfig
 from trainer.errors import Failed, Interrupted, Refused, StopSignal
 from trainer.model import Decoder
+from trainer.storage import Storage
 from trainer.train import train
 
 
@@ -142,12 +143,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset, tmp_path, monk
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_no_part_of_it(dataset, tmp_path, monkeypatch):
-    from trainer import checkpoint
-
     def full(*_arguments, **_more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "describe_files", full)
+    monkeypatch.setattr(Storage, "seal", full)
     with pytest.raises(Failed, match="step 4 could not be written: No space left on device"):
         train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
     assert list((tmp_path / "checkpoints").iterdir()) == []

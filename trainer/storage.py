@@ -1,0 +1,156 @@
+"""Where the checkpoints of a run lie: a directory, or a prefix of an object store that fsspec knows (s3://, gs://, …).
+
+A file system can rename: a checkpoint is written under another name and appears whole. An object store cannot: there the
+manifest is put last, and what has none is no checkpoint. The digest of a file is taken while it is written, so that no
+store is asked for what it was just given.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
+
+from trainer.errors import Failed, Refused
+from trainer.files import put_in_place, write_json
+
+_PREFIX, _MANIFEST, _READ_BYTES = "step-", "manifest.json", 1 << 20
+
+
+class _Digested:
+    """A stream that knows the digest of all that was written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def described(self) -> dict[str, Any]:
+        return {"sha256": self._digest.hexdigest(), "bytes": self._bytes}
+
+
+class Writer(FsspecWriter):
+    """PyTorch's writer of one rank's part; `files` has, when it is done, `{name: {"sha256", "bytes"}}`."""
+
+    def __init__(self, url: str, *, sync: bool) -> None:
+        super().__init__(url, sync_files=sync)
+        self.files: dict[str, dict[str, Any]] = {}
+        self._open = self.fs.create_stream
+        self.fs.create_stream = self._digested
+
+    @contextmanager
+    def _digested(self, path: Any, mode: str) -> Iterator[Any]:
+        with self._open(path, mode) as stream:
+            digested = _Digested(stream)
+            yield digested
+        if "w" in mode:  # `.metadata` is written as `.metadata.tmp`
+            self.files[str(path).rsplit("/", 1)[-1].removesuffix(".tmp")] = digested.described()
+
+
+class Storage:
+    """Checkpoints by their steps, under a URL or a path."""
+
+    def __init__(self, url: str) -> None:
+        """Raises Refused for a URL that fsspec cannot open, Failed for a store that does not answer."""
+        try:
+            self._fs, root = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            fix = "Give checkpoints= a directory or an fsspec URL."
+            raise Refused(f"cannot open the store of checkpoints: {error}", where=url, fix=fix) from None
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._root = root if self._local else url.rstrip("/")
+        try:
+            self.steps()
+        except OSError:
+            raise
+        except Exception as error:  # each store's library has its own
+            reason = str(error).splitlines()[0]
+            fix = "See that it can be reached, and the credentials in the environment."
+            raise Failed(f"the store of checkpoints does not answer: {reason}", where=url, fix=fix) from None
+
+    def __str__(self) -> str:
+        return self._root
+
+    def url(self, step: int) -> str:
+        return f"{self._root}/{_PREFIX}{step:08d}"
+
+    def _beside(self, step: int) -> str:
+        """Where it is written."""
+        return f"{self._root}/.{_PREFIX}{step:08d}.partial" if self._local else self.url(step)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        self._fs.invalidate_cache()
+        try:
+            names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+        numbers = (name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
+        found = sorted(int(number) for number in numbers if number.isdigit())
+        return [step for step in found if self._fs.exists(f"{self.url(step)}/{_MANIFEST}")]
+
+    # Writing
+
+    def begin(self, step: int) -> None:
+        """Makes room, where an earlier try may have left something."""
+        self.give_up(step)
+        self._fs.makedirs(self._beside(step), exist_ok=True)
+
+    def writer(self, step: int) -> Writer:
+        return Writer(self._beside(step), sync=self._local)
+
+    def seal(self, step: int, manifest: dict[str, Any]) -> None:
+        """What was written is a checkpoint from now on."""
+        if self._local:
+            write_json(Path(self._beside(step)) / _MANIFEST, manifest)
+            put_in_place(Path(self._beside(step)), Path(self.url(step)))
+        else:
+            self._fs.pipe_file(f"{self.url(step)}/{_MANIFEST}", json.dumps(manifest, indent=2).encode())
+
+    def give_up(self, step: int) -> None:
+        """Removes what there is of one that is not whole."""
+        with suppress(Exception):  # it may not be there; what stays is no checkpoint
+            self._fs.rm(self._beside(step), recursive=True)
+
+    def remove(self, step: int) -> None:
+        """The manifest first: a part is no checkpoint."""
+        self._fs.rm(f"{self.url(step)}/{_MANIFEST}")
+        self._fs.rm(self.url(step), recursive=True)
+
+    # Reading
+
+    def reader(self, step: int) -> FsspecReader:
+        return FsspecReader(self.url(step))
+
+    def manifest(self, step: int) -> dict[str, Any] | None:
+        """None for one that is damaged."""
+        try:
+            return json.loads(self._fs.cat_file(f"{self.url(step)}/{_MANIFEST}"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def damaged(self, step: int, files: dict[str, dict[str, Any]]) -> str | None:
+        """The first file that is absent or does not have the digest that the manifest gives it."""
+        return next((name for name, entry in files.items() if not self._whole(f"{self.url(step)}/{name}", entry)), None)
+
+    def _whole(self, path: str, entry: dict[str, Any]) -> bool:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self._fs.open(path, "rb") as file:
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
+                    size += len(block)
+        except FileNotFoundError:
+            return False
+        return (digest.hexdigest(), size) == (entry["sha256"], entry["bytes"])
