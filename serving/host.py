@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving import logs
+from serving.adapters import AdapterShelf
 from serving.chat_template import ChatTemplate
 from serving.engine.client import EngineError, EngineProcess
+from serving.engine.messages import AdapterRef
 from serving.errors import Refused
 from serving.memory import available_bytes
 from serving.metrics import Metrics
+from serving.model.config import ModelConfig
 from serving.package import Channel, Package, fetch
 from serving.settings import Settings
 from serving.tokenizer import Tokenizer
@@ -35,6 +38,7 @@ class Served:
     max_model_len: int
     vocab_size: int
     created_s: int
+    adapter: AdapterRef | None = None  # what `name` stands for, where it is not the model itself
 
 
 class ModelHost:
@@ -47,6 +51,7 @@ class ModelHost:
         self._retiring: set[asyncio.Task[None]] = set()
         self._engines: list[EngineProcess] = []
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.adapters = AdapterShelf(settings, model=self.name, on_gone=self._forget)
 
     @property
     def engines(self) -> list[EngineProcess]:
@@ -114,6 +119,7 @@ class ModelHost:
         if self.current is not None:
             self._check_memory(root)
         served = await self._load(package, root)
+        await self.adapters.fit(ModelConfig.read(root / "config.json"))
         old, self.current = self.current, served
         if old is not None:
             self.metrics.swaps.inc()
@@ -162,6 +168,10 @@ class ModelHost:
         self._engines.remove(old.engine)
         self.metrics.engine.retire(old.engine)
         logs.event("retired", model=old.name, digest=old.package.digest)
+
+    def _forget(self, adapter: AdapterRef) -> None:
+        for engine in self._engines:
+            engine.forget(adapter)
 
     def _on_death(self, engine: EngineProcess, why: str) -> None:
         """An engine that serves and ends by itself ends the server: who runs it (Kubernetes) knows how to start it."""

@@ -57,8 +57,11 @@ class Channel:
         return Package(url=f"{self.model_url}/{digest}", name=self.name, digest=digest)
 
 
-def resolve(model: str) -> Package | Channel:
-    """What MODEL names. A directory is looked at here, so that a typing mistake is refused before anything starts."""
+def resolve(model: str, *, holds: str = "config.json") -> Package | Channel:
+    """What MODEL names. A directory is looked at here, so that a typing mistake is refused before anything starts.
+
+    `holds` is the file that tells a package of its kind.
+    """
     url = model.rstrip("/")
     if match := CHANNEL.fullmatch(url if "://" in url else os.path.abspath(url)):
         return Channel(url=match[0], model_url=match["model"], name=match["name"])
@@ -67,8 +70,8 @@ def resolve(model: str) -> Package | Channel:
         if not os.path.isdir(url):
             fix = "Give a package directory, a Hugging Face directory, or …/channels/<channel>.json"
             raise Refused("there is no such model directory", where=model, fix=fix)
-        if not os.path.isfile(f"{url}/config.json"):
-            raise Refused("config.json is missing", where=url, fix="Give a directory in Hugging Face layout")
+        if not os.path.isfile(f"{url}/{holds}"):
+            raise Refused(f"{holds} is missing", where=url, fix="Give the directory that holds it")
     parent, _, last = url.rpartition("/")
     if DIGEST.fullmatch(last):
         return Package(url=url, name=parent.rpartition("/")[2], digest=last)

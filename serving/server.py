@@ -95,7 +95,9 @@ async def serve(source: Package | Channel, settings: Settings, sockets: Sockets)
         webs.append(asyncio.create_task(servers[1].serve(sockets=[sockets.admin])))
         logs.event("admin", host=settings.admin_host, port=sockets.admin.getsockname()[1])
     model = asyncio.create_task(host.run())
-    work = [] if batches is None else [asyncio.create_task(runner(context, batches).run())]
+    work = [asyncio.create_task(host.adapters.follow())]
+    if batches is not None:
+        work.append(asyncio.create_task(runner(context, batches).run()))
     stopping = asyncio.create_task(stop.wait())
     logs.event("listening", host=settings.host, port=sockets.public.getsockname()[1], model=host.name)
     try:

@@ -9,9 +9,18 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from serving.api.app import is_ready
 from serving.api.context import Context
+from serving.api.errors import ApiError
+from serving.errors import Refused
+
+
+class AdapterSource(BaseModel):
+    """A directory in PEFT's layout, a registry entry, or a channel file."""
+
+    source: str
 
 
 def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
@@ -52,6 +61,33 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
         """Read the channel now, also when what it points at was refused before."""
         host.look_now()
         return JSONResponse({"reloading": True}, status_code=202)
+
+    @app.get("/adapters")
+    async def adapters() -> dict[str, Any]:
+        """The adapters that requests may name, and what is wrong with the others."""
+        ready = {
+            name: {"digest": adapter.package.digest or adapter.ref.digest, "source": adapter.package.url}
+            for name, adapter in sorted(host.adapters.ready.items())
+        }
+        return {"ready": ready, "refused": host.adapters.refused}
+
+    @app.put("/adapters/{name}")
+    async def put_adapter(name: str, body: AdapterSource) -> JSONResponse:
+        """Serves the adapter from now on, in the place of another one of that name."""
+        try:
+            wrong = await host.adapters.put(name, body.source)
+        except Refused as error:
+            wrong = str(error)
+        return ApiError(400, wrong, param="source").response() if wrong else JSONResponse({"name": name})
+
+    @app.delete("/adapters/{name}")
+    async def remove_adapter(name: str) -> JSONResponse:
+        """Serves it no more. Requests that have it are finished."""
+        try:
+            host.adapters.remove(name)
+        except KeyError:
+            return ApiError(404, f"There is no adapter '{name[:200]}'", code="not_found").response()
+        return JSONResponse({"name": name, "deleted": True})
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

@@ -23,8 +23,9 @@ REASON = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 
 HEALTH = {"type": "object", "required": ["status"], "properties": {"status": STRING}}
 MODEL = _object(
-    id=STRING, object=_const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, digest=MAYBE_STRING
-)
+    id=STRING, object=_const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, digest=MAYBE_STRING,
+    parent=MAYBE_STRING,
+)  # fmt: skip
 MODELS = _object(object=_const("list"), data=_list(MODEL))
 USAGE = _object(
     prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details=MAYBE_OBJECT

@@ -93,21 +93,25 @@ def _add_probes(app: FastAPI, context: Context) -> None:
 def _add_models(app: FastAPI, context: Context) -> None:
     host = context.host
 
-    def describe() -> dict[str, Any]:
+    def describe() -> dict[str, dict[str, Any]]:
+        """The model and its adapters, by the names that requests give them; empty while there is no model."""
         served = host.current
-        assert served is not None
+        if served is None:
+            return {}
+        shared = {"object": "model", "owned_by": "slipway", "max_model_len": served.max_model_len}
+        found: list[tuple[str, int, str | None, str | None]] = [
+            (host.name, served.created_s, served.package.digest, None)
+        ]
+        for name, adapter in sorted(host.adapters.ready.items()):
+            found.append((name, adapter.created_s, adapter.package.digest, host.name))
         return {
-            "id": host.name,
-            "object": "model",
-            "created": served.created_s,
-            "owned_by": "slipway",
-            "max_model_len": served.max_model_len,
-            "digest": served.package.digest,
+            name: {"id": name, "created": created_s, "digest": digest, "parent": parent, **shared}
+            for name, created_s, digest, parent in found
         }
 
     @app.get("/v1/models", responses={200: answers.of(answers.MODELS), **documented(401, 503)})
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [describe()] if host.current is not None else []})
+        return JSONResponse({"object": "list", "data": [*describe().values()]})
 
     @app.get(
         "/v1/models/{model:path}",
@@ -116,9 +120,10 @@ def _add_models(app: FastAPI, context: Context) -> None:
     )
     async def model(request: Request) -> JSONResponse:
         name = request.path_params["model"]
-        if host.current is None or name != host.name:
+        described = describe().get(name)
+        if described is None:
             raise ApiError(404, f"The model '{name[:200]}' does not exist", param="model", code="model_not_found")
-        return JSONResponse(describe())
+        return JSONResponse(described)
 
 
 def _add_generation(app: FastAPI, context: Context) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from serving import logs
 from serving.api.context import Caller, Context
@@ -22,14 +23,16 @@ class DeadlineExceeded(EngineError):
 
 
 def served_model(context: Context, model: str) -> Served:
-    """The model that a request names. Raises `ApiError`: 503 while there is none, 404 for another one."""
+    """The model, or the adapter of it, that a request names. Raises `ApiError`: 503 while there is none, 404 for others."""
     host = context.host
-    if model != host.name:
-        message = f"The model '{model[:200]}' does not exist; this server has '{host.name}'"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    adapter = host.adapters.ready.get(model)
+    if model != host.name and adapter is None:
+        wrong = host.adapters.refused.get(model)
+        why = f"cannot be served: {wrong}" if wrong else f"does not exist; this server has '{host.name}'"
+        raise ApiError(404, f"The model '{model[:200]}' {why}", param="model", code="model_not_found")
     if host.current is None:
         raise ApiError(503, f"Not ready: {host.why_not_ready}", code="not_ready", retry_after_s=2)
-    return host.current
+    return host.current if adapter is None else replace(host.current, name=model, adapter=adapter.ref)
 
 
 async def encode(served: Served, text: str, *, special: bool) -> list[int]:
@@ -98,7 +101,9 @@ class Generation:
         self._last_s: dict[int, float] = {}
         self._outcome = "aborted"  # until an end is reached
         self._peeked: list[tuple[int, Output]] = []
-        self._stream = served.engine.submit(prompts, priority=caller.priority, tenant=caller.tenant)
+        self._stream = served.engine.submit(
+            prompts, priority=caller.priority, tenant=caller.tenant, adapter=served.adapter
+        )
         self._outputs = aiter(self._stream)
         limit_s = min(caller.deadline_s or math.inf, context.settings.max_request_s)
         late = DeadlineExceeded(f"it was not complete after {limit_s:g} seconds")
@@ -164,6 +169,9 @@ class Generation:
         if output.finish_reason == "error":
             self._outcome = "invalid"
             raise bad_request(output.text, param="response_format", code="invalid_structure")
+        if output.finish_reason == "failed":
+            self._outcome = "error"
+            raise ApiError(500, f"The answer failed: {output.text}", code="engine_failed")
         self._count(index, output)
         return index, output
 

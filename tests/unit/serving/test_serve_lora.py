@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_adapters import make_adapter
+from tiny_adapters import make_adapter, write_adapter
 from tiny_packages import make_package
 
 from serving.engine.engine import Engine
@@ -109,7 +109,7 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_and_no_others(
     tiny: Path, adapters: dict[str, tuple[AdapterRef, Path]], tmp_path: Path
 ) -> None:
     e = engine(tiny)
-    ref = ref_of(tiny, make_adapter(tiny, tmp_path / "a", seed=9))
+    ref = ref_of(tiny, write_adapter(tmp_path / "a", seed=9))
     weights = load_file(ref.root / "adapter_model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, ref.root / "adapter_model.safetensors")
     e.add(0, [1, 2, 3], GREEDY, arrived_s=0.0, adapter=ref)
