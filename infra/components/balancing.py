@@ -35,23 +35,21 @@ def balance_limit(router: Router) -> Json:
 
 
 def hash_policy(router: Router) -> list[Json]:
-    """What ring_hash and maglev hash: header, else cookie (made when absent), else the prompt's prefix, else the client's address."""
+    """What ring_hash and maglev hash: header, cookie or the prompt's prefix, where a request has it; else the client's address."""
     if not router.hashes:
         return []
     policies: list[Json] = []
     if router.hash_header:
         policies.append({"header": {"header_name": router.hash_header}, "terminal": True})
-    if router.cookie:
-        policies.append(
-            {"cookie": {"name": router.cookie, "ttl": f"{router.cookie_ttl_s}s", "path": "/"}, "terminal": True}
-        )
+    if router.hash_cookie:
+        policies.append({"cookie": {"name": router.hash_cookie}, "terminal": True})
     if router.hash_prefix_chars:
         policies.append({"header": {"header_name": PREFIX_HEADER}, "terminal": True})
     return [*policies, {"connection_properties": {"source_ip": True}}]
 
 
 def affinity_filters(router: Router) -> list[Json]:
-    """Filters before the routing: one that names the prompt's prefix, or the session's replica."""
+    """Filters before the routing: one that names the prompt's prefix, one that names the session's replica."""
     filters: list[Json] = []
     if router.hash_prefix_chars:
         typed = {
@@ -59,13 +57,17 @@ def affinity_filters(router: Router) -> list[Json]:
             "default_source_code": {"inline_string": _prefix_script(router.hash_prefix_chars)},
         }
         filters.append({"name": "envoy.filters.http.lua", "typed_config": typed})
-    if router.cookie and not router.hashes:
+    if router.cookie:
         filters.append(_session_filter(router, router.cookie))
     return filters
 
 
 def _session_filter(router: Router, name: str) -> Json:
-    """A session cookie under the policies that hash nothing: it names the replica, as long as that one is healthy."""
+    """A session cookie, which names the replica for as long as that one is healthy.
+
+    Under the policies that hash as well: a cookie that Envoy makes to be hashed is the same for all clients of one
+    connection, and a load balancer before the router sends many clients over one.
+    """
     cookie = {"name": name, "path": "/", "ttl": f"{router.cookie_ttl_s}s"}
     state = {"@type": f"{TYPES}.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState", "cookie": cookie}
     typed = {

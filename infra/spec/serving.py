@@ -147,9 +147,11 @@ class Circuit(Spec):
 
 class Router(Spec):
     policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
-    """How a replica is chosen."""
+    """How a replica is chosen; of those that hash, maglev moves the fewest sessions when replicas come and go."""
     hash_header: str | None = None
-    """Request header that ring_hash and maglev hash; null: the cookie, the prompt's prefix, or the client's address."""
+    """Request header that ring_hash and maglev hash; without any of these keys: the client's address."""
+    hash_cookie: str | None = None
+    """Cookie of the clients' own that ring_hash and maglev hash."""
     hash_prefix_chars: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Characters of the prompt's beginning that ring_hash and maglev hash: what begins alike finds the same prefix cache."""
     hash_balance_percent: Annotated[int, Field(ge=100, le=10_000)] | None = None
@@ -177,11 +179,12 @@ class Router(Spec):
 
     @model_validator(mode="after")
     def _hash_needs_a_hash_policy(self) -> Self:
-        for key in ("hash_header", "hash_prefix_chars", "hash_balance_percent"):
-            if getattr(self, key) is not None and not self.hashes:
-                raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", key)
-        if self.hash_header and self.hash_prefix_chars:
-            raise Misplaced("a header is hashed already; leave one of the two out", "hash_prefix_chars")
+        hashed = [key for key in ("hash_header", "hash_cookie", "hash_prefix_chars") if getattr(self, key) is not None]
+        balanced = ["hash_balance_percent"] if self.hash_balance_percent is not None else []
+        for key in () if self.hashes else (*hashed, *balanced):
+            raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", key)
+        if len(hashed) > 1:
+            raise Misplaced(f"{hashed[0]} is hashed already; leave one of the two out", hashed[1])
         return self
 
     @property

@@ -39,7 +39,10 @@ def test_envoy_accepts_every_policy(tmp_path: Path, policy: Any, cookie: str | N
 
 def test_envoy_accepts_a_header_hash_and_refuses_nonsense(tmp_path: Path) -> None:
     file = tmp_path / "envoy.yaml"
-    for router, code in ((Router(policy="maglev", hash_header="x-user"), 0), (None, 1)):
+    every = Router(
+        policy="ring_hash", cookie="s", hash_prefix_chars=256, hash_balance_percent=150, outliers=None, retries=0
+    )
+    for router, code in ((Router(policy="maglev", hash_header="x-user"), 0), (every, 0), (None, 1)):
         config = bootstrap(router, [CHAT]) if router else {"static_resources": {"listenerz": []}}
         file.write_text(yaml.safe_dump(config))
         done = subprocess.run([ENVOY, "--mode", "validate", "-c", file, "--disable-hot-restart"], capture_output=True)
@@ -93,17 +96,30 @@ def test_replicas_that_are_not_ready_get_nothing() -> None:
     assert cluster["common_lb_config"]["healthy_panic_threshold"] == {"value": 0}
 
 
-def test_a_cookie_is_hashed_by_hashing_policies_and_names_a_replica_under_others() -> None:
+def test_a_session_cookie_names_a_replica_under_every_policy() -> None:
     def filters(router: Router) -> list[str]:
         listener = bootstrap(router, [CHAT])["static_resources"]["listeners"][0]
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         return [http_filter["name"] for http_filter in manager["http_filters"]]
 
-    assert "envoy.filters.http.stateful_session" in filters(Router(policy="least_request", cookie="s"))
-    hashing = Router(policy="ring_hash", cookie="s", cookie_ttl_s=60)
-    assert "envoy.filters.http.stateful_session" not in filters(hashing)
-    hashes = routes(bootstrap(hashing, [CHAT]))[-1]["route"]["hash_policy"]
-    assert hashes[0]["cookie"] == {"name": "s", "ttl": "60s", "path": "/"}
+    for policy in POLICIES:
+        assert "envoy.filters.http.stateful_session" in filters(Router(policy=policy, cookie="s"))  # pyright: ignore[reportArgumentType]
+        assert "envoy.filters.http.stateful_session" not in filters(Router(policy=policy))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_hashing_policy_hashes_one_thing_and_else_the_clients_address() -> None:
+    address = {"connection_properties": {"source_ip": True}}
+    for keys, first in (
+        ({"hash_header": "x-user"}, {"header": {"header_name": "x-user"}, "terminal": True}),
+        ({"hash_cookie": "sid"}, {"cookie": {"name": "sid"}, "terminal": True}),
+        ({"hash_prefix_chars": 64}, {"header": {"header_name": "x-slipway-prefix"}, "terminal": True}),
+    ):
+        hashes = routes(bootstrap(Router(policy="maglev", **keys), [CHAT]))[-1]["route"]["hash_policy"]
+        assert hashes == [first, address]
+    with pytest.raises(ValueError, match="hash_header is hashed already"):
+        Router(policy="maglev", hash_header="x", hash_prefix_chars=64)
+    with pytest.raises(ValueError, match="needs policy ring_hash or maglev"):
+        Router(hash_cookie="sid")
 
 
 def test_the_admin_interface_is_the_pods_own() -> None:
