@@ -195,7 +195,7 @@ def _training(point: Point) -> Predict:
         counted = shape.matmul_parameters
         text = point.text
         if framework.flops == "all" or re.search(r"6\s*\*?\s*n_?total|incl\w*\.? embedding|6n\b|2\*n\b", text):
-            counted = shape.parameters
+            counted = shape.active_parameters
         halved = 0.5 if re.search(r"causal[^.]*hal|hal[^.]*causal", text) else 1.0
         return 6 * counted + halved * shape.attention_flops(seq=run.seq)
 

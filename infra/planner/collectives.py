@@ -10,7 +10,7 @@ from typing import Literal
 
 from infra.catalog import Gpu
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", "all_to_all"]
 
 BUS_SHARE = 0.80
 """Share of a link's line rate that payload gets: protocol headers (sjeaugey in NVIDIA/nccl-tests#212: 370 of 450 GB/s)."""
@@ -69,7 +69,8 @@ def bus_gbps(gpu: Gpu, group: Group) -> float:
 def collective_s(kind: Collective, *, message_bytes: float, gpu: Gpu, group: Group) -> float:
     """Seconds for a collective whose whole (gathered) message has `message_bytes`, by the fastest protocol of a ring.
 
-    A ring takes 2(n−1) steps for an all-reduce, n−1 for the others, and moves 2(n−1)/n or (n−1)/n of the message.
+    A ring takes 2(n−1) steps for an all-reduce, n−1 for the others, and moves 2(n−1)/n or (n−1)/n of the message. An all-to-all
+    is n−1 sends, of which each rank's own NIC carries what leaves the node.
     """
     n = group.size
     if n == 1:
@@ -79,6 +80,8 @@ def collective_s(kind: Collective, *, message_bytes: float, gpu: Gpu, group: Gro
     between = 0 if group.nodes == 1 else times * group.nodes
     nvlink = gpu.intra_gbps > 64
     bus = bus_gbps(gpu, group) * 1e9
+    if kind == "all_to_all" and group.nodes > 1:
+        bus = min(gpu.intra_gbps, gpu.nic_gbps * (n - 1) / (n - group.per_node)) * BUS_SHARE * 1e9
     best = float("inf")
     for protocol in PROTOCOLS:
         protocol_share = protocol.share

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from infra.planner.frameworks import Framework, framework_of
 from infra.planner.points import Point, device_gib_of, number, shape_of, whole
-from infra.planner.run import FP32, MEGATRON, PURE, Kernels, Layout, Loss, Recompute, Run, States
+from infra.planner.run import FP32, MEGATRON, PURE, Kernels, Layout, Loss, Recompute, Run, States, check_layout
 from infra.planner.train_memory import CONTEXT_GIB, memory
 
 OPTIMIZERS = (
@@ -118,8 +118,6 @@ def layout_of(point: Point, framework: Framework) -> Layout:
     def size(*keys: str) -> int:
         return next((whole(given, key) for key in keys if given.get(key) is not None), 1)
 
-    if size("ep") > 1:
-        raise ValueError("expert parallelism; the planner knows dense decoders")
     layout = Layout(
         dp=size("dp", "ddp", "dp_replicate"),
         fsdp=size("fsdp", "dp_shard"),
@@ -127,6 +125,7 @@ def layout_of(point: Point, framework: Framework) -> Layout:
         pp=size("pp"),
         cp=size("cp"),
         vpp=size("vpp", "virtual_pp"),
+        ep=size("ep"),
     )
     if layout.gpus != point.gpus:
         if point.gpus % layout.gpus:
@@ -166,6 +165,7 @@ def run_of(point: Point) -> Run:
     if not raw.get("seq"):
         raise ValueError("no sequence length")
     layout = layout_of(point, framework)
+    check_layout(shape, layout)
     run = Run(
         shape=shape,
         seq=whole(raw, "seq"),

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from infra.catalog import Gpu, gpus
 from infra.planner.serve_memory import FORMATS, Format
-from infra.planner.shape import Shape
+from infra.planner.shape import Experts, Latent, Shape
 
 Raw = Mapping[str, Any]
 
@@ -163,8 +163,6 @@ def shape_of(point: Point) -> Shape:
     raw = point.raw
     if gone := [key for key in SHAPE_KEYS if not raw.get(key)]:
         raise ValueError(f"the shape is not known: no {', '.join(gone)}")
-    if number(raw.get("experts") or raw.get("num_experts"), default=1) > 1:
-        raise ValueError("a mixture of experts; the planner knows dense decoders")
     hidden, heads = whole(raw, "hidden"), whole(raw, "heads")
     shape = Shape(
         layers=whole(raw, "layers"),
@@ -176,6 +174,8 @@ def shape_of(point: Point) -> Shape:
         vocab=whole(raw, "vocab"),
         gated=bool(raw.get("gated_mlp", True)),
         tied=bool(raw.get("tied_embeddings") or False),
+        experts=_experts_of(raw),
+        latent=_latent_of(raw),
     )
     published = number(raw.get("params"), default=0)
     if raw.get("tied_embeddings") is None and published:
@@ -191,6 +191,37 @@ def shape_of(point: Point) -> Shape:
             shape, other=int(published - shape.parameters) if abs(published / shape.parameters - 1) < 0.02 else 0
         )
     return shape
+
+
+def _experts_of(raw: Raw) -> Experts | None:
+    """The mixture of experts that a point gives, by the names of config.json or short ones. Raises ValueError for half of one."""
+    count = number(raw.get("experts") or raw.get("num_experts") or raw.get("n_routed_experts"), default=1)
+    if count <= 1:
+        return None
+    active = number(raw.get("active_experts") or raw.get("top_k") or raw.get("num_experts_per_tok"), default=0)
+    if not 0 < active <= count:
+        raise ValueError(f"{count:.0f} experts, and to how many a token goes is not there (active_experts)")
+    width = whole(raw, "moe_ffn" if raw.get("moe_ffn") else "ffn")
+    shared = number(raw.get("shared_experts") or raw.get("n_shared_experts"), default=0) * width
+    return Experts(
+        count=int(count),
+        active=int(active),
+        ffn=width,
+        shared_ffn=int(number(raw.get("shared_ffn"), default=shared)),
+        dense_layers=int(number(raw.get("dense_layers") or raw.get("first_k_dense_replace"), default=0)),
+    )
+
+
+def _latent_of(raw: Raw) -> Latent | None:
+    if not raw.get("kv_lora_rank"):
+        return None
+    return Latent(
+        rank=whole(raw, "kv_lora_rank"),
+        rope=whole(raw, "qk_rope_head_dim"),
+        key=whole(raw, "qk_nope_head_dim"),
+        value=whole(raw, "v_head_dim"),
+        query_rank=int(number(raw.get("q_lora_rank"), default=0)),
+    )
 
 
 def weight_format_of(point: Point) -> Format:

@@ -27,6 +27,8 @@ class Layout:
     """Ranks that split a sequence; FSDP shards over them too."""
     vpp: int = 1
     """Model chunks of a pipeline stage (interleaved 1F1B)."""
+    ep: int = 1
+    """Of the ranks that see different sequences, how many spread a layer's experts among them."""
     zero: Literal[0, 1, 2, 3] = 3
     """What the sharding ranks share: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights."""
     sequence_parallel: bool = True
@@ -152,7 +154,7 @@ class Run:
         p, layers = self.layout.pp, self.shape.layers
         if not self.kernels.split_by_cost or p == 1:
             return layers / p
-        head = self.shape.embedding / self.shape.block_matrices
+        head = self.shape.embedding * layers / self.shape.active_matrices
         each = (layers + head) / p
         return max(each - head, 0) if stage == p - 1 else (layers - max(each - head, 0)) / (p - 1)
 
@@ -162,6 +164,11 @@ def check_layout(shape: Shape, layout: Layout) -> None:
     for name, size in (("tp", layout.tp), ("pp", layout.pp), ("cp", layout.cp), ("dp", layout.dp)):
         if size < 1:
             raise ValueError(f"{name} {size} is below 1")
+    experts = shape.experts.count if shape.experts else 1
+    if layout.ep < 1 or experts % layout.ep:
+        raise ValueError(f"ep {layout.ep} does not divide {experts} experts; {_nearest(max(layout.ep, 1), of=experts)}")
+    if layout.batch_ranks * layout.cp % layout.ep:
+        raise ValueError(f"ep {layout.ep} does not divide the {layout.batch_ranks * layout.cp} data-parallel ranks")
     if shape.heads % layout.tp:
         raise ValueError(f"tp {layout.tp} does not divide {shape.heads} heads; {_nearest(layout.tp, of=shape.heads)}")
     if layout.pp > shape.layers:

@@ -49,22 +49,28 @@ def weight_bytes(shape: Shape, *, form: Format, tp: int = 1, pp: int = 1) -> flo
     head = shape.embedding * (form.bits / 8 if form.head_too else max(2, form.bits / 8))
     wide = max(2, form.bits / 8) if form.name != "fp32" else 4
     embedding = 0 if shape.tied else shape.embedding * wide
-    matrices = shape.layers * shape.block_matrices * form.bits / 8
-    rest = shape.parameters - shape.matmul_parameters - (0 if shape.tied else shape.embedding)
+    matrices = shape.matrices * form.bits / 8
+    rest = shape.parameters - shape.matrices - (1 if shape.tied else 2) * shape.embedding
     return ((matrices + head + embedding) / tp + max(rest, 0) * wide) / pp
 
 
 def streamed_bytes(shape: Shape, *, form: Format, tp: int = 1) -> float:
-    """Bytes of weights that one decoding step reads on each TP rank, all stages together: all but the input embedding."""
+    """Bytes of weights that one decoding step reads on each TP rank at most, all stages together: all but the input
+    embedding."""
     head = shape.embedding * (form.bits / 8 if form.head_too else max(2, form.bits / 8))
-    return (shape.layers * shape.block_matrices * form.bits / 8 + head) / tp
+    return (shape.matrices * form.bits / 8 + head) / tp
 
 
 def activation_bytes(shape: Shape, *, tokens: int, sequences: int = 256, tp: int = 1) -> float:
     """Peak of the largest forward pass: residual and MLP of `tokens`, or fp32 logits of `sequences`, whichever is more."""
-    mlp = tokens * 2 * (4 * shape.hidden + (3 if shape.gated else 2) * shape.ffn / tp)
+    mlp = tokens * 2 * (4 * shape.hidden + (3 if shape.gated else 2) * shape.active_ffn / tp + routed_copies(shape))
     logits = sequences * shape.vocab * 10  # 16-bit logits gathered from all ranks, two fp32 copies in the sampler
     return max(mlp, logits)
+
+
+def routed_copies(shape: Shape) -> int:
+    """Values of a token that are copied to and from its experts, on top of what a dense MLP holds."""
+    return shape.experts.active * shape.hidden if shape.experts else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Time of a server's forward passes: decoding, prefill, and the two mixed at saturation.
 
-A decoding step reads all weights and every sequence's cache once, multiplies for each sequence, and pays a latency for each layer's
-kernels and all-reduces: time = max(weights/(bandwidth·η), FLOPs/rate) + cache/(bandwidth·η) + L·(kernels + 2·all-reduce).
+A decoding step reads all weights (of experts, those that the batch goes through) and every sequence's cache once, multiplies for
+each sequence, and pays a latency for each layer's kernels and all-reduces:
+time = max(weights/(bandwidth·η), FLOPs/rate) + cache/(bandwidth·η) + L·(kernels + 2·all-reduce).
 """
 
 from dataclasses import dataclass
@@ -48,16 +49,22 @@ class Server:
         return product_tflops(self.gpu, fp8=self.form.name == "fp8") * 1e12
 
     @cached_property
-    def _weights_s(self) -> float:
-        """Seconds to read all weights once."""
+    def _read_s(self) -> tuple[float, float]:
+        """Seconds to read once the weights that every token needs, and all routed experts."""
         rate = self.gpu.bandwidth_gbps * 1e9 * STREAM_SHARE[self.form.name]
-        return streamed_bytes(self.shape, form=self.form, tp=self.tp) / rate
+        routed = self.shape.routed_matrices * self.form.bits / 8 / self.tp
+        return (streamed_bytes(self.shape, form=self.form, tp=self.tp) - routed) / rate, routed / rate
+
+    def _weights_s(self, tokens: float) -> float:
+        """Seconds to read the weights that `tokens` tokens go through."""
+        always, routed = self._read_s
+        return always + routed * self.shape.experts.touched(tokens=tokens) if self.shape.experts else always
 
     @cached_property
     def _products_s(self) -> tuple[float, float]:
         """Seconds to multiply one token with the blocks, and with the output head."""
         shape, rate = self.shape, self.tp * self.flops_per_s
-        return 2 * shape.layers * shape.block_matrices / rate, 2 * shape.embedding / rate
+        return 2 * shape.active_matrices / rate, 2 * shape.embedding / rate
 
     @cached_property
     def _attention_s(self) -> tuple[float, float]:
@@ -75,7 +82,9 @@ class Server:
         cached, score = self._attention_s
         attention = decoding * context * cached + prefill * prefill_context * score
         latency = self.shape.layers * (KERNELS_PER_LAYER * KERNEL_S + 2 * self._all_reduce_s(tokens))
-        return max(self._weights_s, block * tokens + head * decoding) + attention + latency + self._hops_s(tokens)
+        return (
+            max(self._weights_s(tokens), block * tokens + head * decoding) + attention + latency + self._hops_s(tokens)
+        )
 
     def _all_reduce_s(self, tokens: float) -> float:
         if self.tp == 1:

@@ -22,7 +22,7 @@ chunked: an eighth of them at a time."""
 def layer_bytes(run: Run) -> tuple[float, float]:
     """Bytes that one token keeps in one layer without recomputation, in bf16: (split over TP, whole on each TP rank)."""
     shape = run.shape
-    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
+    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.active_ffn
     if run.trained is not None and not run.adapters_keep_inputs:
         return _adapted_layer_bytes(run), 0
     inner = 2 * q + 4 * kv + 2 * q  # q, k, v, attention's output
@@ -32,6 +32,8 @@ def layer_bytes(run: Run) -> tuple[float, float]:
         inner += 5 * shape.heads * run.seq  # scores, softmax, dropout mask (5·a·s of the paper)
     # gate, up and product; silu(gate) is kept besides unless fused. Two matrices: input and output of the GELU.
     inner += (6 if run.kernels.fused else 8) * f if shape.gated else 4 * f
+    if shape.experts:
+        inner += 2 * 2 * shape.experts.active * h  # tokens as sent to their experts, and what comes back
     outer = 2 * _norm_bytes(run)  # inputs of both norms
     gathered = 2 * h + 2 * h  # outputs of both norms: what the column-parallel layers read
     if run.layout.tp == 1 or (run.layout.sequence_parallel and run.kernels.regather):
@@ -52,7 +54,7 @@ def _norm_bytes(run: Run) -> float:
 def _adapted_layer_bytes(run: Run) -> float:
     """`layer_bytes` under LoRA: a frozen product needs no input for its weight's gradient, so that what only feeds products goes."""
     shape = run.shape
-    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
+    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.active_ffn
     attention = (
         2 * (q + 2 * kv) + 2 * (q + kv) + 2 * q + 4 * shape.heads
     )  # as projected, q and k rotated, output, log-sum-exp
@@ -75,7 +77,7 @@ def kept_bytes(run: Run) -> float:
             return (everything + boundary) / 2
         case "matmul":
             # torchtitan keeps attention's output and the 1st, 3rd, 5th and 7th product of a block: q, v, gate and down.
-            products = shape.q_width + shape.kv_width + shape.ffn + (h if shape.gated else 0)
+            products = shape.q_width + shape.kv_width + shape.active_ffn + (h if shape.gated else 0)
             return boundary + (2 * shape.q_width + 4 * shape.heads + 2 * products) / t
 
 
@@ -93,9 +95,15 @@ def stage_memory(run: Run, *, stage: int) -> dict[str, float]:
     first, last = stage == 0, stage == layout.pp - 1
     layers = run.stage_layers(stage)
     ends = shape.embedding * (1 if first and last and shape.tied else int(first) + int(last)) / layout.tp
+    spread = layers * shape.routed_matrices / shape.layers / layout.tp  # experts of this stage, all of them
     parameters = layers * shape.block / layout.tp + ends
     trained = parameters if run.trained is None else run.trained / layout.pp / layout.tp
     state = trained * run.states.per_parameter(zero=layout.zero, shards=layout.shards)
+    if layout.ep > 1 and run.trained is None:
+        # Experts are divided among the ranks already, and what ZeRO shards of them over those that hold the same.
+        each = run.states.per_parameter(zero=layout.zero, shards=max(layout.shards // layout.ep, 1))
+        state += spread * (each / layout.ep - run.states.per_parameter(zero=layout.zero, shards=layout.shards))
+        parameters -= spread * (1 - 1 / layout.ep)
     if run.trained is not None:
         state += run.frozen_bytes * parameters / (layout.shards if layout.zero == 3 else 1)
     split, whole = layer_bytes(run)
@@ -123,7 +131,7 @@ def _logit_bytes(run: Run) -> float:
 def _gathered(run: Run, *, parameters: float, ends: float) -> float:
     """Bytes of what sharding puts together again for use, and of gradient buckets."""
     layout = run.layout
-    block = run.shape.block / layout.tp
+    block = local_block(run)
     if layout.zero == 3 and layout.fsdp * layout.cp > 1:
         if layout.pp > 1 and run.kernels.unsharded_pipeline:
             return parameters * (2 + run.reduce_bytes)
@@ -134,6 +142,12 @@ def _gathered(run: Run, *, parameters: float, ends: float) -> float:
     if layout.batch_ranks > 1 and run.states.master == 0 and not run.kernels.bucket_view:
         return 4 * (run.trained or parameters)  # DDP's buckets are a second copy of the gradients
     return 0
+
+
+def local_block(run: Run) -> float:
+    """Parameters of a block that one rank computes with: split over TP, its experts over EP."""
+    experts = run.shape.routed_matrices / run.shape.layers
+    return (run.shape.block - experts * (1 - 1 / run.layout.ep)) / run.layout.tp
 
 
 def memory(run: Run, *, statistic: str = "reserved", stage: int | None = None) -> Estimate:

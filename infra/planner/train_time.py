@@ -7,6 +7,7 @@ from infra.planner.collectives import Group, collective_s
 from infra.planner.estimate import Estimate, total
 from infra.planner.kernels import attention_s, gemm_s, stream_s
 from infra.planner.run import Run
+from infra.planner.train_memory import local_block
 
 LAUNCH_S = 6e-6
 """Host time to launch one kernel from eager Python."""
@@ -33,7 +34,7 @@ class LayerTime:
     again: float
     """Recomputation."""
     tp: float
-    """Exposed tensor-parallel communication, all passes."""
+    """Exposed communication of tensor and expert parallelism, all passes."""
     cp: float
 
     @property
@@ -48,14 +49,9 @@ class LayerTime:
 def layer_time(run: Run, *, gpu: Gpu, node: int) -> LayerTime:
     """Kernels and the communication inside a layer."""
     shape, t, tokens = run.shape, run.layout.tp, run.tokens
-    h, f = shape.hidden, shape.ffn
-    products = [
-        (h, (shape.q_width + 2 * shape.kv_width) / t),
-        (shape.q_width / t, h),
-        (h, (2 if shape.gated else 1) * f / t),
-        (f / t, h),
-    ]
-    linear = sum(gemm_s(m=tokens, n=n, k=k, gpu=gpu, fp8=run.kernels.fp8) for k, n in products)
+    h = shape.hidden
+    products = [(tokens, h, (shape.q_width + 2 * shape.kv_width) / t), (tokens, shape.q_width / t, h)]
+    linear = sum(gemm_s(m=m, n=n, k=k, gpu=gpu, fp8=run.kernels.fp8) for m, k, n in products) + _mlp_s(run, gpu=gpu)
     scores = 4 * tokens * run.seq * shape.q_width / t  # both products, full
     if run.kernels.flash:
         # Causal attention computes half the scores; backward computes them again: five products to the forward's two.
@@ -87,6 +83,11 @@ def layer_time(run: Run, *, gpu: Gpu, node: int) -> LayerTime:
         message = 2 * tokens * h
         tp = passes * collective_s("all_reduce", message_bytes=message, gpu=gpu, group=group)
         tp *= 1 - run.kernels.tp_hidden
+    if run.layout.ep > 1 and shape.experts:
+        # Tokens go to their experts and come back, forward and backward.
+        group = Group(size=run.layout.ep, stride=t, node=node)
+        sent = 2 * tokens * shape.experts.active * h * (1 - shape.experts.dense_layers / shape.layers)
+        tp += passes * collective_s("all_to_all", message_bytes=sent, gpu=gpu, group=group)
     cp = 0.0
     if run.layout.cp > 1:
         group = Group(size=run.layout.cp, stride=t, node=node)
@@ -94,6 +95,24 @@ def layer_time(run: Run, *, gpu: Gpu, node: int) -> LayerTime:
         moved = 3 * collective_s("all_gather", message_bytes=kv, gpu=gpu, group=group)
         cp = max(moved - attention - attention_back, 0) + CONTENTION * min(moved, attention + attention_back)
     return LayerTime(forward=forward, backward=backward + shortage, again=again, tp=tp, cp=cp)
+
+
+def _mlp_s(run: Run, *, gpu: Gpu) -> float:
+    """Seconds of one layer's MLP, forward, in the mean over layers: two products, or as many for each expert that a rank holds."""
+    shape, t, e = run.shape, run.layout.tp, run.shape.experts
+
+    def pair(tokens: float, width: float) -> float:
+        up, down = ((shape.hidden, (2 if shape.gated else 1) * width / t), (width / t, shape.hidden))
+        return sum(gemm_s(m=tokens, n=n, k=k, gpu=gpu, fp8=run.kernels.fp8) for k, n in (up, down))
+
+    if e is None:
+        return pair(run.tokens, shape.ffn)
+    local = e.count / run.layout.ep
+    # A rank's experts get the tokens of all ranks that share them: as many as it sends when routing is balanced.
+    mixture = local * pair(run.tokens * e.active / local, e.ffn)
+    mixture += pair(run.tokens, e.shared_ffn) if e.shared_ffn else 0
+    dense = e.dense_layers / shape.layers
+    return dense * pair(run.tokens, shape.ffn) + (1 - dense) * mixture
 
 
 def _elementwise_bytes(run: Run) -> float:
@@ -107,15 +126,17 @@ def _elementwise_bytes(run: Run) -> float:
     residual = (10 if run.kernels.fused else 26) * shape.hidden / outer
     inner = (2 if run.kernels.fused else 8) * (shape.q_width + shape.kv_width) + (
         (3 if run.kernels.fused else 5) if shape.gated else (2 if run.kernels.fused else 4)
-    ) * shape.ffn
+    ) * shape.active_ffn
+    if shape.experts:
+        inner += 4 * shape.experts.active * shape.hidden  # copied to the experts, and summed from them
     return 2 * (residual + inner / sharded)
 
 
 def _products_again(run: Run) -> float:
     """Share of a layer's linear FLOPs that torchtitan's selective recomputation repeats: the 2nd, 4th and 6th product of a block."""
     shape = run.shape
-    again = shape.hidden * (shape.kv_width + shape.q_width + shape.ffn)
-    return again / shape.block_matrices
+    again = shape.hidden * (shape.kv_width + shape.q_width + shape.active_ffn)
+    return again * shape.layers / shape.active_matrices
 
 
 def _sharded_comm(run: Run, *, gpu: Gpu, node: int) -> float:
@@ -124,7 +145,7 @@ def _sharded_comm(run: Run, *, gpu: Gpu, node: int) -> float:
     stride = layout.tp
     group = Group(size=layout.fsdp * layout.cp, stride=stride, node=node)
     pieces = run.kernels.collectives_per_block
-    block = run.shape.block / layout.tp
+    block = local_block(run)
     gather = collective_s("all_gather", message_bytes=2 * block / pieces, gpu=gpu, group=group)
     scatter = collective_s("reduce_scatter", message_bytes=run.reduce_bytes * block / pieces, gpu=gpu, group=group)
     return pieces * ((2 if layout.zero == 3 else 1) * gather + scatter)
@@ -144,7 +165,7 @@ def step_time(run: Run, *, gpu: Gpu, node: int = 8) -> Estimate:
     inside = run.micro_batches * layers * (layer.tp + layer.cp)
     bubble = (layout.pp - 1) / layout.vpp * per_micro
     exposed = _exposed(run, layer=layer, layers=layers, gpu=gpu, node=node)
-    parameters = (layers * shape.block + shape.embedding) / layout.tp
+    parameters = layers * local_block(run) + shape.embedding / layout.tp
     own = parameters / (layout.shards if layout.zero else 1)
     optimizer = stream_s(moved_bytes=30 * own, gpu=gpu)
     if run.kernels.accumulates_wide:
@@ -184,7 +205,7 @@ def _exposed(run: Run, *, layer: LayerTime, layers: float, gpu: Gpu, node: int) 
         once = layout.pp > 1 and run.kernels.unsharded_pipeline
         times = 1 if once else run.micro_batches
         exposed += times * layers * _not_hidden(per_block, layer.all, overlap=run.kernels.overlap_dp)
-        ends = per_block / shape.block * shape.embedding * (1 if shape.tied else 2)
+        ends = per_block / (local_block(run) * layout.tp) * shape.embedding * (1 if shape.tied else 2)
         exposed += ends * (
             0.5 if times > 1 or layout.pp > 1 else 0.75
         )  # the first gather and the last scatter have nothing beside them
@@ -193,7 +214,7 @@ def _exposed(run: Run, *, layer: LayerTime, layers: float, gpu: Gpu, node: int) 
     else:
         replicas, replica_stride, share = layout.dp * layout.fsdp * layout.cp, stride, 1
     if replicas > 1:
-        parameters = (layers * shape.block + shape.embedding) / layout.tp / share
+        parameters = (layers * local_block(run) + shape.embedding / layout.tp) / share
         group = Group(size=replicas, stride=min(replica_stride, node), node=node)
         buckets = max(parameters * run.reduce_bytes / DDP_BUCKET_BYTES, 1)
         size = parameters * run.reduce_bytes / buckets

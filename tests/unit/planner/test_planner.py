@@ -138,10 +138,19 @@ def test_a_config_json_is_read_in_the_names_of_its_family() -> None:
     ("config", "says"),
     [
         ({"hidden_size": 64}, "no `num_attention_heads`"),
-        ({"hidden_size": 64, "num_attention_heads": 4, "num_local_experts": 8}, "mixture of experts"),
+        (
+            {
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 2,
+                "vocab_size": 9,
+                "num_local_experts": 8,
+            },
+            "tok",
+        ),
     ],
 )
-def test_a_config_json_that_is_no_dense_decoder_is_refused(config: dict[str, int], says: str) -> None:
+def test_a_config_json_that_is_no_decoder_is_refused(config: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Shape.from_config(config)
 
