@@ -39,7 +39,7 @@ class Replica(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: Replica
+    server: Replica  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
         if self.path == "/health/ready":
@@ -83,7 +83,7 @@ class Routed:
     """Envoy on this machine. `show` replaces the replicas behind it, as a change of the endpoints does."""
 
     def __init__(self, router: Router, directory: Path) -> None:
-        ports = dict(zip((HTTP_PORT, METRICS_PORT, ADMIN_PORT), free_ports(3), strict=True))
+        ports: dict[int, int] = dict(zip((HTTP_PORT, METRICS_PORT, ADMIN_PORT), free_ports(3), strict=True))
         config, (self._endpoints,) = local_envoy.rewrite(
             bootstrap(router, [CHAT]),
             names_service=lambda host, _: host == CHAT.host,
