@@ -11,6 +11,8 @@ from typing import NoReturn
 from serving.errors import Refused
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What a graph, which computes whole sequences from weights of its own, can do nothing with.
+NOT_ONNX = ("dtype", "quantize", "speculate_tokens", "kv_bytes", "kv_spill", "adapters", "adapters_dir")
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -23,6 +25,7 @@ class Settings:
     max_model_len: int | None = None  # tokens of prompt and answer together; the model's own limit when not given
     max_num_seqs: int = 64
     max_queued_tokens: int = 65_536
+    engine: str = "torch"  # torch, or onnx: the package's `model.onnx`, by ONNX Runtime
     kv_bytes: int | None = None  # what max_num_seqs whole sequences need, or a share of memory, when not given
     kv_spill: str | None = None  # where blocks go that memory gives up: bytes, or redis://…; nowhere when not given
     dtype: str = "auto"
@@ -117,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kv-spill", type=_spill, metavar="BYTES|URL", help="keep prefixes that leave that memory: 4GiB, redis://host"
     )
+    p.add_argument(
+        "--engine", choices=("torch", "onnx"), default=Settings.engine, help="onnx: the package's model.onnx"
+    )
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default=Settings.dtype)
     p.add_argument("--quantize", choices=("none", "int8", "int4"), default=Settings.quantize, help="weights, at load")
     p.add_argument(
@@ -168,4 +174,9 @@ def parse(argv: Sequence[str]) -> Settings:
         raise Refused(f"unknown argument '{unknown[0]}'", where="command line", fix=fix)
     if known.poll_s < 0.05:
         raise Refused(f"--poll-s {known.poll_s} is too short", where="command line", fix="Give at least 0.05")
+    for name in NOT_ONNX if known.engine == "onnx" else ():
+        if getattr(known, name) != p.get_default(name):
+            flag = next(action.option_strings[0] for action in p._actions if action.dest == name)
+            fix = f"Leave {flag} out, or serve with --engine torch"
+            raise Refused(f"--engine onnx knows no {flag}", where="command line", fix=fix)
     return Settings(**{**vars(known), "adapters": tuple(known.adapters)})

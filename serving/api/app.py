@@ -198,7 +198,7 @@ async def _answer(request: Request, answer: Answer, events: Callable[[], Any] | 
 def _add_errors(app: FastAPI, context: Context) -> None:
     requests = context.host.metrics.requests
     outcomes = {429: "rejected", 503: "unavailable"}
-    counted = ("engine_failed", "deadline_exceeded", "invalid_structure")  # by their generation
+    counted = ("engine_failed", "deadline_exceeded", "invalid_structure", "unsupported")  # by their generation
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

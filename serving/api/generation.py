@@ -168,6 +168,8 @@ class Generation:
             raise ApiError(500, f"The answer was interrupted: {error}", code="engine_failed") from None
         if output.finish_reason == "error":
             self._outcome = "invalid"
+            if not self.structured:
+                raise bad_request(output.text, code="unsupported")
             raise bad_request(output.text, param="response_format", code="invalid_structure")
         if output.finish_reason == "failed":
             self._outcome = "error"

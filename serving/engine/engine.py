@@ -10,7 +10,7 @@ import torch
 
 from serving.engine.messages import AdapterRef, Counters, Output, SamplingParams
 from serving.engine.model_runner import Sampled
-from serving.engine.parts import Parts, torch_parts
+from serving.engine.parts import Parts
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.structure import Structures
@@ -23,7 +23,7 @@ from serving.tokenizer import Tokenizer
 class Engine:
     def __init__(self, parts: Parts, settings: Settings, tokenizer: Tokenizer, structures: Structures) -> None:
         self.runner, self.adapters, self.usage = parts.runner, parts.adapters, parts.usage
-        self.max_model_len, self.vocab_size = parts.max_model_len, parts.vocab_size
+        self.max_model_len, self.vocab_size, self._embeds = parts.max_model_len, parts.vocab_size, parts.embeds
         self.scheduler = Scheduler(
             parts.blocks,
             adapters=parts.adapters,
@@ -45,7 +45,11 @@ class Engine:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         config = ModelConfig.read(root / "config.json")
         tokenizer = Tokenizer(root)
-        parts = torch_parts(root, config, settings, on_bytes=on_bytes)
+        if settings.engine == "onnx":
+            from serving.engine.onnx_model import onnx_parts as make_parts
+        else:
+            from serving.engine.parts import torch_parts as make_parts
+        parts = make_parts(root, config, settings, on_bytes=on_bytes)
         structures = Structures(root, vocab_size=config.vocab_size, eos_ids=tokenizer.eos_ids)
         return cls(parts, settings, tokenizer, structures)
 
@@ -57,9 +61,11 @@ class Engine:
         self, seq_id: int, prompt_ids: list[int], params: SamplingParams, *,
         arrived_s: float, priority: int = 0, tenant: str = "", adapter: AdapterRef | None = None,
     ) -> None:  # fmt: skip
-        """Queues a sequence. One whose structure cannot be used is answered, by the next step, with what is wrong."""
+        """Queues a sequence. One that cannot be answered as it stands is told, by the next step, what is wrong."""
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
         try:
+            if params.embed and not self._embeds:
+                raise ValueError("This server's engine has no embeddings")
             matcher = None if params.structure is None else self.structures.matcher(params.structure)
         except ValueError as error:
             self._refused.append(Output(seq_id, str(error), 0, finish_reason="error", queue_s=0.0))

@@ -45,6 +45,7 @@ class Parts(NamedTuple):
     step_tokens: int
     max_model_len: int
     vocab_size: int
+    embeds: bool = True  # whether what the model computes for a position is a state, and not yet the logits
 
 
 def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes: Callable[[int, int], None]) -> Parts:
