@@ -20,6 +20,8 @@ def checkpoints_fit(stack: Stack, plan: Plan) -> Iterator[Finding]:
     if training is None or run is None:
         return
     saved = min(training.checkpoint.keep + 1, -(-training.steps // training.checkpoint.every_steps))
+    if training.checkpoint.url:
+        saved = 0
     needed = run.parameters * (saved * CHECKPOINT_BYTES + PACKAGE_BYTES) / GIB
     if needed > stack.storage.runs_gib:
         yield Finding(

@@ -11,7 +11,7 @@ def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
     questions = training.evaluate.tasks if training else ()
     urls = {
         "data": tuple(corpus.path for corpus in corpora),
-        "train": (),
+        "train": (training.checkpoint.url,) if training else (),
         "promote": (stack.registry.url, *(task.path for task in questions)) if training else (),
         "serve": (stack.registry.url,) if stack.services else (),
         "router": (),

@@ -85,7 +85,7 @@ def pipeline(
         train_places=places_of(tune),
         evaluate_places=places_of(training.evaluate.tasks),
         data_words=(*data_words, *base_words),
-        train_words=base_words,
+        train_words=(*base_words, *_checkpoints(training, train_digest)),
         evaluate_words=evaluate_words,
         data_digest=data_digest,
         train_digest=train_digest,
@@ -119,6 +119,7 @@ def _train(training: Training) -> Json:
     if not training.base:
         own.append("model")  # else the package's own
     config = plain(training.model_dump(mode="json", include={*own, "checkpoint", "log_every_steps"}))
+    config["checkpoint"].pop("url", None)  # where it is kept decides nothing; the program is told by a word
     _drop(config, document_mask=False)
     _drop(config.get("model", {}), family="llama")
     return config
@@ -129,6 +130,12 @@ def _aside(training: Training) -> Json:
     config = plain(training.model_dump(mode="json", include={"recover", "sinks", "look_at_traffic_every_steps"}))
     _drop(config, recover=plain(Recover().model_dump(mode="json")), sinks=[])
     return config
+
+
+def _checkpoints(training: Training, digest: str) -> tuple[str, ...]:
+    """Where a run's checkpoints go, if not beside the run: a directory of their own for each run."""
+    url = training.checkpoint.url
+    return () if url is None else (f"checkpoints={url.rstrip('/')}/{digest}",)
 
 
 def _evaluate(training: Training) -> Json:

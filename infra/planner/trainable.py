@@ -16,12 +16,10 @@ def obstacle(layout: Layout, training: Training) -> str | None:
         f"tp {tp} does not divide {' and '.join(uneven)}": bool(uneven),
         f"seq {training.seq} does not divide into the {pieces} pieces of cp {cp} and tp {tp}": training.seq % pieces
         > 0,
-        f"tied embeddings would lie on the first and the last of {pp} pipeline stages": pp > 1
-        and model.tied_embeddings,
         f"a pipeline of {pp} stages needs as many micro-batches a step, and has {micro_batches}": pp
         > micro_batches
         > 0,
-        f"attention that stays within documents is not split over cp {cp} and pp {pp}": documents and cp * pp > 1,
+        f"attention that stays within documents is not split over cp {cp}": documents and cp > 1,
         f"adapters are not split over tp {tp}": training.lora is not None and tp > 1,
         f"local_sgd averages replicas, and there is {layout.dp}": training.local_sgd is not None and layout.dp < 2,
     }

@@ -98,3 +98,11 @@ class Checkpoint(Spec):
     """Newest checkpoints kept."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints of these steps are all kept; null: only the newest."""
+    url: str | None = None
+    """fsspec URL of an object store for checkpoints, which then outlive the volume: `s3://acme-runs`. null: the volume of runs."""
+
+    @model_validator(mode="after")
+    def _is_a_url(self) -> Self:
+        if self.url is not None and "://" not in self.url:
+            raise Misplaced(f"{self.url!r} is no URL of an object store; leave it out for the volume of runs", "url")
+        return self

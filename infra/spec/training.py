@@ -161,15 +161,14 @@ class Training(Spec):
     @model_validator(mode="after")
     def _can_be_spread(self) -> Self:
         if isinstance(self.parallelism, Parallelism):
-            tp, cp, pp = self.parallelism.tp, self.parallelism.cp, self.parallelism.pp
+            tp, cp = self.parallelism.tp, self.parallelism.cp
             if self.lora and tp > 1:
                 raise Misplaced(f"adapters are not split over tp {tp}; shard with fsdp instead", "parallelism", "tp")
-            if (self.document_mask or self.data.task.kind != "text") and cp * pp > 1:
-                key = "cp" if cp > 1 else "pp"
+            if (self.document_mask or self.data.task.kind != "text") and cp > 1:
                 raise Misplaced(
-                    "attention that stays within documents is not split over cp and pp; use fsdp or tp",
+                    f"attention that stays within documents is not split over cp {cp}; use fsdp or tp",
                     "parallelism",
-                    key,
+                    "cp",
                 )
         if "wandb" in self.sinks and not self.secret:
             raise Misplaced("Weights & Biases asks for a key; name the Secret that has WANDB_API_KEY", "secret")

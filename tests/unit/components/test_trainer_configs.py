@@ -7,17 +7,32 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.catalog import instance
 from infra.checks import Refused
 from infra.components.pipeline import pipeline
 from infra.planner import plan
+from infra.planner.run import Layout
+from infra.planner.trainable import obstacle
 from infra.planner.training import plan_training
 from infra.render import run
-from infra.spec import StackError, load
+from infra.spec import Data, Evaluate, Gate, ModelShape, Optim, StackError, Training, load
+from infra.spec.learning import Recover
 from trainer.command import load_config
-from trainer.config import EvaluateConfig, PublishConfig, TrainConfig
+from trainer.config import (
+    EvaluateConfig,
+    GateConfig,
+    ModelConfig,
+    OptimConfig,
+    PublishConfig,
+    RecoverConfig,
+    TrainConfig,
+)
 from trainer.data.config import DataConfig
+from trainer.errors import Refused as TrainerRefused
+from trainer.layout import fit_dataset, layout_of
 
 from .conftest import NAMES, Json, Objects
 
@@ -309,3 +324,63 @@ def test_a_package_without_a_known_shape_is_refused_with_what_is_missing(changed
     ):
         with pytest.raises(ValueError, match=says):
             plan(load(tuned(changed, {"training.base": base})))
+
+
+def test_checkpoints_in_an_object_store_are_each_runs_own_and_decide_nothing(
+    told: Callable[..., Told], rendered: Callable[..., Objects]
+) -> None:
+    values = {"training.checkpoint.url": "s3://runs/ours/"}
+    here, there = told("prod", {}).pipeline, told("prod", values).pipeline
+    assert there.train_digest == here.train_digest
+    assert there.train_words == (f"checkpoints=s3://runs/ours/{here.train_digest}",)
+    objects = rendered("prod", values)
+    assert objects.one("ServiceAccount", "train")["metadata"]["annotations"]
+    assert "train-reaches-object-store" in objects.names("NetworkPolicy")
+
+
+# What the trainer takes and a stack says in another way, or cannot say: a layout by its own names, and what `infra` fills in.
+ELSEWHERE = {"parallelism", "plan"}
+
+
+def test_a_stack_can_say_every_key_that_the_trainer_has() -> None:
+    pairs = [(TrainConfig, Training), (EvaluateConfig, Evaluate), (GateConfig, Gate), (DataConfig, Data)]
+    for theirs, ours in pairs:
+        assert theirs.model_fields.keys() - ELSEWHERE <= ours.model_fields.keys()
+    for theirs, ours in [(ModelConfig, ModelShape), (OptimConfig, Optim), (RecoverConfig, Recover)]:
+        assert theirs.model_fields.keys() == ours.model_fields.keys()
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.sampled_from([1, 2, 4]),
+    cp=st.sampled_from([1, 2]),
+    fsdp=st.sampled_from([1, 2]),
+    heads=st.sampled_from([4, 8]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    seq=st.sampled_from([6, 8, 16]),
+    global_batch=st.sampled_from([16, 32]),
+    document_mask=st.booleans(),
+    local_sgd=st.sampled_from([None, {"every_steps": 2}]),
+)
+def test_a_layout_is_refused_where_the_trainer_would_and_nowhere_else(
+    tp: int, pp: int, cp: int, fsdp: int, heads: int, kv_heads: int, seq: int, global_batch: int, **more: Any
+) -> None:
+    model = SHAPE | {"heads": heads, "kv_heads": kv_heads, "layers": 4, "hidden": 64}
+    common = {"seq": seq, "global_batch": global_batch, "micro_batch": 2, "steps": 1, **more}
+    optim = {"lr": 1e-3, "min_lr": 0}
+    layout = Layout(dp=2, tp=tp, pp=pp, cp=cp, fsdp=fsdp)
+    source = {"source": {"kind": "python-stdlib"}, "vocab_size": 512}
+    training = Training.model_validate(
+        common | {"name": "m", "pool": "p", "data": source, "model": model, "optim": optim}
+    )
+    parallelism = {"tp": tp, "pp": pp, "cp": cp, "dp_shard": fsdp}
+    theirs = TrainConfig.model_validate(common | {"model": model, "optim": optim, "parallelism": parallelism})
+    try:
+        layout_of(theirs, world=layout.gpus)
+        fit_dataset(theirs, vocab_size=512, documents=theirs.document_mask)
+        refused = False
+    except TrainerRefused:
+        refused = True
+    divides = global_batch % (2 * layout.batch_ranks) == 0  # SLW301 says so otherwise
+    if divides:
+        assert (obstacle(layout, training) is not None) == refused

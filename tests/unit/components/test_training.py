@@ -134,11 +134,9 @@ def test_config_files_hold_what_the_trainer_reads_and_no_paths(local: Objects) -
 def test_a_layout_reaches_the_trainer_and_makes_no_new_run(
     prod: Objects, rendered: Callable[..., Objects], layout: dict[str, Any], ranks: dict[str, Any]
 ) -> None:
-    untied = {"training.model.tied_embeddings": False} if "pp" in layout else {}  # as a pipeline needs it
-    plain = rendered("prod", untied) if untied else prod
-    other = rendered("prod", untied | {"training.parallelism": layout})
+    other = rendered("prod", {"training.parallelism": layout})
     name = other.one("Job", "train")["metadata"]["name"]
-    assert name == plain.one("Job", "train")["metadata"]["name"]
+    assert name == prod.one("Job", "train")["metadata"]["name"]
     config = yaml.safe_load(other.one("ConfigMap", name)["data"]["train.yaml"])
     # The trainer's own reader takes it: the two packages share nothing but this file.
     read = TrainConfig.model_validate(config).parallelism
