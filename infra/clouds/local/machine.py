@@ -1,0 +1,188 @@
+"""The machine's side: the namespaces that the node runs in, the link into them, and leaving the machine as it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_network
+from pathlib import Path
+
+from infra.clouds.local.debian import Debian
+from infra.clouds.local.node import LINK
+from infra.clouds.local.places import INTERFACE, LINK_BITS, MACHINE_IP, NETWORK, NODE_IP, ClusterError, Places, Unable
+from infra.clouds.local.settings import CGROUP, Process
+from infra.clouds.local.shell import run
+
+PLAN = "node.json"
+NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc")
+CGROUPS = Path("/sys/fs/cgroup")
+# What kubelet sets for the whole machine, since the kernel has no namespace for it.
+SYSCTLS = (
+    *("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"),
+    *("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"),
+)
+CAP_SYS_RESOURCE = 24
+END_S = 30.0
+
+
+def check() -> None:
+    """Raises `Unable` where a node cannot be run."""
+    if sys.platform != "linux":
+        raise Unable("a node runs on Linux only. Fix: install Docker and kind, or give --kubeconfig")
+    if os.geteuid() != 0:
+        raise Unable(
+            "root missing, which makes interfaces, mounts and cgroups. Fix: sudo, Docker and kind, or --kubeconfig"
+        )
+    for program in ("unshare", "mount"):
+        if not shutil.which(program):
+            raise Unable(f"{program} missing. Fix: apt-get install util-linux mount")
+    mine = ip_network(NETWORK)
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        interface, destination, _, _, _, _, _, mask = line.split()[:8]
+        taken = ip_network((bytes.fromhex(destination)[::-1], bin(int(mask, 16)).count("1")))
+        if taken.prefixlen and taken.overlaps(mine) and interface != INTERFACE:
+            raise Unable(f"{NETWORK} is in use (route {taken} by {interface}). Fix: Docker and kind, or --kubeconfig")
+
+
+def may_raise_oom_score() -> bool:
+    """Whether this machine gives its root CAP_SYS_RESOURCE."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
+    return bool(int(line.split()[1], 16) >> CAP_SYS_RESOURCE & 1)
+
+
+def start(places: Places, debian: Debian, processes: Sequence[Process]) -> None:
+    """Start the node in namespaces of its own, and link the machine to it."""
+    for folder in (places.shared, places.library, places.logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    for cgroup in _hierarchies():
+        (cgroup / CGROUP).mkdir(exist_ok=True)
+    kept = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
+    _keep(places.state / "sysctls.json", kept)
+    plan = places.state / PLAN
+    programs = [[process.name, process.command] for process in processes]
+    environment = _environment(debian)
+    plan.write_text(
+        json.dumps(
+            {
+                "state": str(places.state),
+                "cache": str(places.cache),
+                "processes": programs,
+                "environment": environment,
+            }
+        )
+    )
+    command = ["unshare", *NAMESPACES, sys.executable, "-m", "infra.clouds.local.node", str(plan)]
+    with (places.logs / "node.log").open("ab") as log:
+        outer = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
+    _link(_inner(outer), debian)
+
+
+def stop(places: Places) -> bool:
+    """End the node and restore the machine, whatever state both are in. Whether there was anything."""
+    found = _kill(places)
+    for cgroup in _hierarchies():
+        _remove_cgroups(cgroup / CGROUP)
+    kept = places.state / "sysctls.json"
+    if kept.exists():
+        for name, value in json.loads(kept.read_text()).items():
+            Path("/proc/sys", name).write_text(value)
+    found = found or places.state.exists()
+    shutil.rmtree(places.state, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        places.state.parent.rmdir()
+    return found
+
+
+def pids(places: Places) -> list[int]:
+    """Ids of the node's first process, and of what started it; by their command, so that no file can be out of date."""
+    plan = str(places.state / PLAN).encode()
+    return [pid for pid, words in _commands() if words and words[-1] == plan and b"infra.clouds.local.node" in words]
+
+
+def _kill(places: Places) -> bool:
+    found = pids(places)
+    until = time.monotonic() + END_S
+    while left := pids(places):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"processes {left} do not end. Fix: look why in /proc/{left[0]}/stack, then `down` again"
+            )
+        time.sleep(0.05)
+    # The interface goes with its namespace, which the kernel takes down after its last process.
+    while Path("/sys/class/net", INTERFACE).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return bool(found)
+
+
+def _inner(outer: "subprocess.Popen[bytes]") -> int:
+    """Id of the node's first process: the child that `unshare` forks."""
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    until = time.monotonic() + END_S
+    while time.monotonic() < until and outer.poll() is None:
+        if words := children.read_text().split():
+            return int(words[0])
+        time.sleep(0.02)
+    raise ClusterError(
+        "the node's namespaces cannot be made (unshare failed). Fix: a kernel with namespaces, or --kubeconfig"
+    )
+
+
+def _link(pid: int, debian: Debian) -> None:
+    """A pair of interfaces, one here, one in the node; and the route to pods and services."""
+    for words in (
+        f"link add {INTERFACE} type veth peer name {LINK} netns {pid}",
+        f"address add {MACHINE_IP}/{LINK_BITS} dev {INTERFACE}",
+        f"link set {INTERFACE} up",
+        f"route add {NETWORK} via {NODE_IP}",
+    ):
+        done = run("ip", *words.split(), env=debian.env)
+        if done.returncode:
+            raise ClusterError(f"ip {words}: {done.stderr.strip()}")
+
+
+def _environment(debian: Debian) -> dict[str, str]:
+    """What the node's processes are told: where programs are, and nothing of the user's."""
+    wanted = {name: value for name, value in debian.env.items() if name in ("PATH", "LD_LIBRARY_PATH", "LANG")}
+    return wanted | {"HOME": "/root", "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONUNBUFFERED": "1"}
+
+
+def _keep(path: Path, values: dict[str, str]) -> None:
+    """What was there before the first start stays what is restored."""
+    if not path.exists():
+        path.write_text(json.dumps(values))
+
+
+def _hierarchies() -> list[Path]:
+    """Where cgroups are made: the one tree of cgroup v2, or each controller's of v1."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        return [CGROUPS]
+    return sorted(folder for folder in CGROUPS.iterdir() if (folder / "cgroup.procs").exists())
+
+
+def _remove_cgroups(cgroup: Path) -> None:
+    until = time.monotonic() + END_S
+    while cgroup.exists():
+        for folder, _, _ in os.walk(cgroup, topdown=False):
+            # Busy while a process of it is on its way out.
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+        if time.monotonic() > until:
+            raise ClusterError(f"{cgroup} cannot be removed. Fix: `down` again")
+        time.sleep(0.02)
+
+
+def _commands() -> Iterator[tuple[int, list[bytes]]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                yield int(folder.name), (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")

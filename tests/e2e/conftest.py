@@ -1,0 +1,152 @@
+"""A real cluster, and the repository's own `dev` stack on it, by the commands that a user types.
+
+Collected only when asked for: `pytest tests/e2e`. Where no cluster can be had, all are skipped by name, with what is missing.
+SLIPWAY_E2E_KEEP=1 leaves the cluster up at the end.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.apply import Cluster
+from infra.clouds.local import Places
+from infra.clouds.local.golang import MODULES, build
+
+ROOT = Path(__file__).parents[2]
+SLIPWAY = Path(sys.executable).with_name("slipway")
+HERE = Path(__file__).parent
+Json = dict[str, Any]
+# What a node of two CPUs holds all at once, since `dev` is for clusters that have a few.
+SMALL = {"cpus": 0.25, "memory_gib": 1.5}
+SETTLED_S = 1500
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "e2e: the whole loop on a real Kubernetes")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Minutes on a cluster are for those who ask."""
+    asked_for = any(
+        (config.invocation_params.dir / arg.split("::")[0]).resolve().is_relative_to(HERE) for arg in config.args
+    )
+    return None if asked_for else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("e2e")
+
+
+def slipway(
+    *words: str, cwd: Path = ROOT, kubeconfig: Path | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; what it said is in the report of a test that fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "KUBECONFIG"}
+    if kubeconfig:
+        environment["KUBECONFIG"] = str(kubeconfig)
+    done = subprocess.run([SLIPWAY, *words], capture_output=True, text=True, cwd=cwd, env=environment)
+    print(f"$ slipway {' '.join(words)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    if check:
+        assert done.returncode == 0, f"slipway {' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def kubeconfig() -> Iterator[Path]:
+    """The cluster that a test run has: up, and down at its end."""
+    done = slipway("cluster", "up", "--json", check=False)
+    if done.returncode == 2:
+        pytest.skip(f"no cluster can be had here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    yield Path(json.loads(done.stdout)["kubeconfig"])
+    if os.environ.get("SLIPWAY_E2E_KEEP") != "1":
+        slipway("cluster", "down")
+
+
+@pytest.fixture(scope="session")
+def cluster(kubeconfig: Path) -> Cluster:
+    return Cluster(kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout's folder with the stack `dev`, small enough for the machine that the tests run on."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "stacks").mkdir()
+    (folder / "Pulumi.yaml").write_text((ROOT / "Pulumi.yaml").read_text())
+    write_stack(folder, {})
+    return folder
+
+
+def write_stack(project: Path, changes: dict[str, Any]) -> None:
+    """`dev` with values set by dotted path; numbers index lists."""
+    document = yaml.safe_load((ROOT / "stacks" / "Pulumi.dev.yaml").read_text())
+    small = {"training.resources": SMALL, "training.steps": 60, "services.0.resources": SMALL}
+    for path, value in (small | changes).items():
+        first, *rest = path.split(".")
+        keys: list[str | int] = ["slipway:" + first, *(int(key) if key.isdigit() else key for key in rest)]
+        node = document["config"]
+        for key in keys[:-1]:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+        node[keys[-1]] = value
+    (project / "stacks" / "Pulumi.dev.yaml").write_text(yaml.safe_dump(document))
+
+
+@pytest.fixture(scope="session")
+def settled(kubeconfig: Path, project: Path) -> Json:
+    """The stack, with its images, up to the ready server: what `slipway apply` says that it made."""
+    slipway("images", "build", "-s", "dev", "--base", "bootstrap", cwd=ROOT)
+    done = slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), "--json", cwd=project, kubeconfig=kubeconfig)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def namespace(project: Path) -> str:
+    return yaml.safe_load((project / "stacks" / "Pulumi.dev.yaml").read_text())["config"]["slipway:platform"][
+        "namespace"
+    ]
+
+
+@pytest.fixture(scope="session")
+def kubectl(kubeconfig: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`kubectl("get", "pods")`."""
+    program = build(Places.of_user().cache, MODULES, say=print).program("kubectl")
+
+    def run(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run([program, "--kubeconfig", kubeconfig, *words], capture_output=True, text=True)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def endpoint(kubeconfig: Path, namespace: str, settled: Json) -> Iterator[str]:
+    """URL of the stack's router, as a developer reaches it from a laptop."""
+    with forwarded(kubeconfig, namespace, "service/router", 8080) as url:
+        yield url
+
+
+@contextmanager
+def forwarded(kubeconfig: Path, namespace: str, what: str, port: int) -> Iterator[str]:
+    """`kubectl port-forward` to a port of this machine that is free."""
+    program = build(Places.of_user().cache, MODULES, say=print).program("kubectl")
+    command = [program, "--kubeconfig", kubeconfig, "-n", namespace, "port-forward", what, f":{port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()  # Forwarding from 127.0.0.1:NNNNN -> 8080
+            assert "Forwarding from" in line, line
+            yield f"http://{line.split()[2]}"
+        finally:
+            process.terminate()
