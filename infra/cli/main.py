@@ -13,12 +13,15 @@ from rich.markup import escape
 from infra.checks import Refused
 from infra.cli import cluster, images, local
 from infra.cli.apply import apply, destroy
+from infra.cli.chat import chat
 from infra.cli.check import check
 from infra.cli.estimate import estimate
+from infra.cli.logs import logs
 from infra.cli.plan import plan
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
 from infra.cli.reference import reference
 from infra.cli.size import size
+from infra.cli.status import status
 from infra.spec import StackError
 from infra.spec import schema as stack_schema
 
@@ -38,6 +41,9 @@ app.command()(estimate)
 app.command()(size)
 app.command()(apply)
 app.command()(destroy)
+app.command()(status)
+app.command()(logs)
+app.command()(chat)
 
 
 @app.command()

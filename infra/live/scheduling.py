@@ -1,0 +1,100 @@
+"""Why a pod has no node: the scheduler's sentence, taken apart and said with what would mend it. Pure functions of objects."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+Json = dict[str, Any]
+_CLAUSE = re.compile(r"^(?:(\d+) )?(?:node\(s\) )?(.*?)\.?$")
+_TAINT = re.compile(r"untolerated taint(?:\(s\))? ?\{?([^:}]*)(?::\s*([^}]*))?\}?")
+
+
+def unschedulable(pod: Json) -> str | None:
+    """The scheduler's message, where it found no node."""
+    for condition in pod.get("status", {}).get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return str(condition.get("message") or condition.get("reason") or "not scheduled yet")
+    return None
+
+
+def why_no_node(message: str, pod: Json) -> list[str]:
+    """Each reason in people's words, with the fix; the message itself where it is none that is known."""
+    message = message.partition(" preemption:")[0]
+    head, _, tail = message.partition(": ")
+    if head.startswith("0/0 nodes"):
+        return ["the cluster has no node yet: an autoscaler is making one, or the node pools are not there"]
+    if "nodes are available" not in head:
+        return [_other(message)]
+    clauses = tail.split(", ")
+    said = [_say(clause, pod) for clause in clauses if clause.strip()]
+    return list(dict.fromkeys(said)) or [_other(message)]
+
+
+def _say(clause: str, pod: Json) -> str:
+    found = _CLAUSE.match(clause.strip())
+    count, what = (found[1], found[2]) if found else (None, clause)
+    nodes = "" if count is None else f" ({count} node{'' if count == '1' else 's'})"
+    if what.startswith("Insufficient "):
+        resource = what.removeprefix("Insufficient ")
+        return (
+            f"no capacity{nodes}: it asks for {_asked(pod, resource)} of {resource}, and no node has as much free; "
+            "wait for what runs there, raise the pool's max_nodes, or ask for less"
+        )
+    if "Too many pods" in what:
+        return f"the node's pods are at their most{nodes}; add a node"
+    if taint := _TAINT.search(what):
+        named = f"{taint[1]}: {taint[2]}" if taint[2] else taint[1]
+        return f"taint {named} keeps it out{nodes}; {_mend_taint(taint[1])}"
+    if "node affinity/selector" in what or "node selector" in what:
+        return (
+            f"no node has the labels that it looks for, {_selector(pod)}{nodes}; make the node pool, or label the nodes"
+        )
+    if "volume node affinity conflict" in what:
+        return f"its volume lies in another zone or on another node{nodes}; keep the pool in the volume's zone, or storage.shared: true"
+    if "unbound immediate PersistentVolumeClaims" in what or "unbound" in what:
+        return "its volume is not there yet: see the claims"
+    if re.search(r'persistentvolumeclaim ".*" not found', what):
+        return f"{what}: the claim is made outside of this stack; make it, or mend volume_claim"
+    if "anti-affinity" in what:
+        return f"another pod of its kind is there already{nodes}; add a node"
+    if "unschedulable" in what:
+        return f"cordoned{nodes}: a drain is under way; `kubectl uncordon` opens a node again"
+    return f"{what}{nodes}"
+
+
+def _other(message: str) -> str:
+    if "persistentvolumeclaim" in message and "not found" in message:
+        return f"{message}: the claim is made outside of this stack; make it, or mend volume_claim"
+    return f"the scheduler says: {message}"
+
+
+def _mend_taint(key: str) -> str:
+    if key.startswith("node.kubernetes.io/"):
+        return {
+            "node.kubernetes.io/not-ready": "the node is not ready; see `kubectl describe node`",
+            "node.kubernetes.io/unreachable": "the node does not answer",
+            "node.kubernetes.io/disk-pressure": "the node's disk is full",
+            "node.kubernetes.io/memory-pressure": "the node's memory is full",
+        }.get(key, "the node's own condition; see `kubectl describe node`")
+    return "it belongs to another pool or to someone else"
+
+
+def _asked(pod: Json, resource: str) -> str:
+    """What the pod's containers request together; init containers run before and are not added."""
+    amounts = [
+        amount
+        for container in pod["spec"]["containers"]
+        if (amount := container.get("resources", {}).get("requests", {}).get(resource))
+    ]
+    return " + ".join(amounts) or "some"
+
+
+def _selector(pod: Json) -> str:
+    return ", ".join(f"{key}={value}" for key, value in pod["spec"].get("nodeSelector", {}).items()) or "an affinity"
+
+
+def claims_of(pod: Json) -> Iterator[str]:
+    """Names of the PersistentVolumeClaims that a pod mounts."""
+    for volume in pod["spec"].get("volumes", []):
+        if claim := volume.get("persistentVolumeClaim"):
+            yield claim["claimName"]
