@@ -13,7 +13,7 @@ Json = dict[str, Any]
 GPU = "nvidia.com/gpu"
 FOLDER = Path(__file__).parent / "addons"
 ALWAYS = ("metrics-server.yaml",)
-BARE = ("coredns.yaml", "storage.yaml")
+BARE = ("admins.yaml", "coredns.yaml", "storage.yaml")
 """What kind and clouds bring themselves."""
 CRDS = "example/prometheus-operator-crd"
 KINDS = ("podmonitors", "servicemonitors", "prometheusrules")

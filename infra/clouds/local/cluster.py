@@ -174,7 +174,7 @@ def _import(places: Places, programs: Debian, path: Path) -> None:
 
 def _ctr(places: Places, programs: Debian, *words: str) -> "subprocess.CompletedProcess[str]":
     """`ctr` in the node's namespaces: it mounts what it unpacks."""
-    pid = str(min(machine.pids(places)[-1:] or [0]))
+    pid = str(machine.node_pid(places))
     command = [
         "nsenter",
         "--target",

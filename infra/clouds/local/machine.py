@@ -102,8 +102,12 @@ def stop(places: Places) -> bool:
 
 def pids(places: Places) -> list[int]:
     """Ids of the node's first process, and of what started it; by their command, so that no file can be out of date."""
-    plan = str(places.state / PLAN).encode()
-    return [pid for pid, words in _commands() if words and words[-1] == plan and b"infra.clouds.local.node" in words]
+    return [pid for pid, _ in _ours(places)]
+
+
+def node_pid(places: Places) -> int | None:
+    """Id of the node's first process, which is in its namespaces."""
+    return next((pid for pid, words in _ours(places) if words[0] != b"unshare"), None)
 
 
 def _kill(places: Places) -> bool:
@@ -181,8 +185,11 @@ def _remove_cgroups(cgroup: Path) -> None:
         time.sleep(0.02)
 
 
-def _commands() -> Iterator[tuple[int, list[bytes]]]:
+def _ours(places: Places) -> Iterator[tuple[int, list[bytes]]]:
+    plan = str(places.state / PLAN).encode()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                yield int(folder.name), (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+                words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+                if words[-1] == plan and b"infra.clouds.local.node" in words:
+                    yield int(folder.name), words

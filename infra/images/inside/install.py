@@ -42,7 +42,8 @@ def install(requirements: list[str], *, into: list[str], overrides: list[str]) -
     Path("requirements.txt").write_text("\n".join(requirements) + "\n")
     Path("overrides.txt").write_text("\n".join(overrides) + "\n")
     lists = ["-r", "requirements.txt", "-c", "constraints.txt", "--overrides", "overrides.txt"]
-    command = ["/uv/bin/uv", "pip", "install", "--quiet", "--link-mode", "copy", *into, *lists]
+    flags = ["--quiet", "--no-cache", "--system-certs"]
+    command = ["/uv/bin/uv", "pip", "install", *flags, *into, *lists]
     subprocess.run(command, check=True)  # noqa: S603
 
 
