@@ -258,11 +258,23 @@ class ExactMatchTask(Config):
     max_tokens: int = Field(default=32, ge=1)
 
 
+class HarnessTask(Config):
+    """A task of lm-evaluation-harness by its name there, its own or one described in a YAML file in the folder `path`."""
+
+    kind: Literal["lm_eval"]
+    name: str
+    task: str
+    path: str | None = None
+    metric: str = "acc"  # one that is a share of right answers
+    few_shot: int = Field(default=0, ge=0)
+    max_rows: int = Field(default=1000, ge=1)
+
+
 class EvaluateConfig(Config):
     max_tokens: int = Field(default=100_000, ge=2)  # of the held-out text
     baselines: tuple[Baseline, ...] = ("unigram", "trigram", "kneser_ney_5")
     sample: SampleConfig = SampleConfig()
-    tasks: tuple[Annotated[MultipleChoiceTask | ExactMatchTask, Field(discriminator="kind")], ...] = ()
+    tasks: tuple[Annotated[MultipleChoiceTask | ExactMatchTask | HarnessTask, Field(discriminator="kind")], ...] = ()
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> "EvaluateConfig":

@@ -23,7 +23,7 @@ from trainer.ngram import baselines
 from trainer.package import load_package
 from trainer.scoring import complete, token_nats
 from trainer.shapes import weights_digest
-from trainer.tasks import answers, classification, digest_of_tasks, measure, read_rows
+from trainer.tasks import answers, classification, count_questions, digest_of_tasks, measure
 
 
 def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log: Log) -> None:
@@ -79,7 +79,7 @@ class _Progress:
 
     def __init__(self, log: Log, config: EvaluateConfig, dataset: Dataset) -> None:
         self.log, self._done = log, 0
-        questions = sum(len(read_rows(task)) for task in config.tasks)
+        questions = sum(count_questions(task) for task in config.tasks)
         self._total = questions + (len(dataset.examples("heldout")) if dataset.task != "text" else 0)
 
     def tell(self) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig, RopeScaling
+from trainer.fused import fusable, gated, turned_projections
 from trainer.loss import cross_entropy
 from trainer.rms_norm import RMSNorm
 
@@ -79,16 +80,18 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
         """`mask_B1LL` is true where a position may look; without it each sees all that came before."""
         cos_LW, sin_LW = cos_LW[: x_BLD.shape[1]], sin_LW[: x_BLD.shape[1]]
-
-        def heads(projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
-            split_BLHW = projected.unflatten(-1, (-1, self.width))
-            return (split_BLHW if norm is None else norm(split_BLHW)).transpose(1, 2)
-
-        q_BHLW = turn(heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
-        k_BKLW = turn(heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
-        v_BKLW = heads(self.v_proj(x_BLD))
-        y_BHLW = self.attend(q_BHLW, k_BKLW, v_BKLW, mask_B1LL)
+        if self.q_norm is None and fusable(x_BLD, self.q_proj, self.k_proj, self.v_proj):
+            qkv = turned_projections(x_BLD, (self.q_proj, self.k_proj, self.v_proj), cos_LW, sin_LW)
+        else:
+            q_BHLW = turn(self._heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
+            k_BKLW = turn(self._heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
+            qkv = q_BHLW, k_BKLW, self._heads(self.v_proj(x_BLD))
+        y_BHLW = self.attend(*qkv, mask_B1LL)
         return self.o_proj(y_BHLW.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        split_BLHW = projected.unflatten(-1, (-1, self.width))
+        return (split_BLHW if norm is None else norm(split_BLHW)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -101,6 +104,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn, config.hidden, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        if fusable(x_BLD, self.gate_proj, self.up_proj):
+            return self.down_proj(gated(x_BLD, self.gate_proj, self.up_proj))
         return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
 
 

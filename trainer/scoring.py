@@ -39,27 +39,42 @@ def token_nats(model: Decoder, tokens: np.ndarray, *, log: Log | None = None) ->
 
 
 @torch.inference_mode()
-def continuation_nats(model: Decoder, prompt: list[int], continuation: list[int]) -> float:
-    """-ln p of the whole continuation given the prompt, of which as much is seen as the context has room for."""
+def judge_continuation(model: Decoder, prompt: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """-ln p of the whole continuation given the prompt, and whether each of its tokens is the likeliest.
+
+    Of the prompt as much is seen as the context has room for.
+    """
     ids = torch.tensor([*prompt, *continuation][-(model.config.max_context + 1) :])
     count = min(len(continuation), len(ids) - 1)
-    logits_LV = model(ids[None, :-1])[0, -count:].float()
-    return float(F.cross_entropy(logits_LV, ids[-count:], reduction="sum"))
+    logits_LV, wanted_L = model(ids[None, :-1])[0, -count:].float(), ids[-count:]
+    nats = F.cross_entropy(logits_LV, wanted_L, reduction="sum")
+    return float(nats), bool((logits_LV.argmax(-1) == wanted_L).all())
+
+
+def continue_text(
+    model: Decoder, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, stops: tuple[str, ...] = ()
+) -> str:
+    """The likeliest continuation alone, up to the end of text, the first of `stops`, or `max_tokens`."""
+    prompt_ids = tokenizer.encode(prompt).ids
+    text = tokenizer.decode(_go_on(model, tokenizer, prompt_ids, max_tokens, stops)[len(prompt_ids) :])
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def complete(model: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> str:
+    """The prompt with its likeliest continuation."""
+    return tokenizer.decode(_go_on(model, tokenizer, tokenizer.encode(config.prompt).ids, config.max_tokens, ()))
 
 
 @torch.inference_mode()
-def complete(model: Decoder, tokenizer: Tokenizer, config: SampleConfig, *, stop: str | None = None) -> str:
-    """The likeliest completion of the prompt, with the prompt; to the end of text, `stop`, or `max_tokens`."""
-    ids = tokenizer.encode(config.prompt).ids
-    begun = len(ids)
-    if not ids:
-        return ""
-    for _ in range(config.max_tokens):
+def _go_on(
+    model: Decoder, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, stops: tuple[str, ...]
+) -> list[int]:
+    ids = list(prompt)
+    for _ in range(max_tokens if prompt else 0):
         context = torch.tensor([ids[-model.config.max_context :]])
         ids.append(int(model(context)[0, -1].argmax()))
         if tokenizer.id_to_token(ids[-1]) == END_OF_TEXT:
-            ids.pop()
+            return ids[:-1]
+        if stops and any(stop in tokenizer.decode(ids[len(prompt) :]) for stop in stops):
             break
-        if stop is not None and stop in tokenizer.decode(ids[begun:]):
-            break
-    return tokenizer.decode(ids)
+    return ids

@@ -1,7 +1,7 @@
-"""Questions from JSONL files: multiple choice by likelihood, and answers that have to match exactly."""
+"""Questions from JSONL files, multiple choice by likelihood and answers that have to match, and those of a harness."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fsspec
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from trainer.config import ExactMatchTask, MultipleChoiceTask, SampleConfig
+from trainer.config import ExactMatchTask, HarnessTask, MultipleChoiceTask
 from trainer.data import Dataset
 from trainer.errors import Refused
 from trainer.files import digest_of
+from trainer.harness import measure_with_harness, version_of_harness
 from trainer.intervals import wilson
 from trainer.model import Decoder
-from trainer.scoring import complete, continuation_nats
+from trainer.scoring import continue_text, judge_continuation
 
 _FORMS = {
     "multiple_choice": '{"question": "…", "choices": ["…", "…"], "answer": 0}',
@@ -60,13 +61,22 @@ def _answerable(row: Any, task: Task) -> bool:
     return isinstance(answer, int) and 0 <= answer < len(choices)
 
 
-def digest_of_tasks(tasks: tuple[Task, ...]) -> str:
+def digest_of_tasks(tasks: Sequence[Task | HarnessTask]) -> str:
     """Of the questions themselves: another file under the same name is another evaluation."""
-    return digest_of([read_rows(task) for task in tasks])
+    return digest_of([version_of_harness() if isinstance(task, HarnessTask) else read_rows(task) for task in tasks])
 
 
-def measure(task: Task, model: Decoder, tokenizer: Tokenizer, tell: Callable[[], None]) -> dict[str, Any]:
-    """Accuracy with its interval; `tell` is called after each question."""
+def count_questions(task: Task | HarnessTask) -> int:
+    """As far as it is known beforehand: a task of the harness counts as one."""
+    return 1 if isinstance(task, HarnessTask) else len(read_rows(task))
+
+
+def measure(task: Task | HarnessTask, model: Decoder, tokenizer: Tokenizer, tell: Callable[[], None]) -> dict[str, Any]:
+    """Accuracy with its interval; `tell` is called after each of `count_questions`."""
+    if isinstance(task, HarnessTask):
+        found = measure_with_harness(task, model, tokenizer)
+        tell()
+        return found
     rows, right = read_rows(task), 0
     for row in rows:
         if isinstance(task, MultipleChoiceTask):
@@ -88,7 +98,7 @@ def _chosen(model: Decoder, tokenizer: Tokenizer, row: dict[str, Any]) -> int:
 
     def nats_a_byte(choice: str) -> float:
         ids = tokenizer.encode(choice, add_special_tokens=False).ids
-        return continuation_nats(model, prompt, ids) / len(choice.encode())
+        return judge_continuation(model, prompt, ids)[0] / len(choice.encode())
 
     scores = [nats_a_byte(choice) for choice in row["choices"]]
     return scores.index(min(scores))
@@ -96,9 +106,8 @@ def _chosen(model: Decoder, tokenizer: Tokenizer, row: dict[str, Any]) -> int:
 
 def _answered(model: Decoder, tokenizer: Tokenizer, row: dict[str, Any], task: ExactMatchTask) -> str:
     """The first line of the likeliest answer."""
-    sample = SampleConfig(prompt=row["question"], max_tokens=task.max_tokens)
-    prompt = tokenizer.decode(tokenizer.encode(row["question"]).ids)
-    return complete(model, tokenizer, sample, stop="\n")[len(prompt) :].strip().split("\n")[0].strip()
+    answer = continue_text(model, tokenizer, row["question"], max_tokens=task.max_tokens, stops=("\n",))
+    return answer.strip()
 
 
 def classification(model: Decoder, dataset: Dataset, tell: Callable[[], None]) -> tuple[dict[str, Any], float]:

@@ -17,7 +17,7 @@ from trainer.export import export_package
 from trainer.intervals import ratio_of_sums, wilson
 from trainer.model import Decoder
 from trainer.publish import judge
-from trainer.scoring import continuation_nats, token_nats
+from trainer.scoring import judge_continuation, token_nats
 from trainer.shapes import weights_digest
 
 
@@ -59,11 +59,11 @@ def test_a_continuation_is_as_likely_as_its_tokens(dataset, tmp_path):
     model = package_of(opened, tmp_path / "model")
     tokens = opened.tokens("heldout").read(0, 30)
     nats = token_nats(model, tokens)
-    assert continuation_nats(model, tokens[:20].tolist(), tokens[20:].tolist()) == pytest.approx(
+    assert judge_continuation(model, tokens[:20].tolist(), tokens[20:].tolist())[0] == pytest.approx(
         nats[19:].sum(), rel=1e-4
     )
     long = np.tile(tokens, 5)  # more than the context has room for
-    assert np.isfinite(continuation_nats(model, long.tolist(), tokens[:10].tolist()))
+    assert np.isfinite(judge_continuation(model, long.tolist(), tokens[:10].tolist())[0])
 
 
 def test_questions_are_measured_with_intervals_and_told_to_the_gate(dataset, tmp_path):
@@ -74,7 +74,7 @@ def test_questions_are_measured_with_intervals_and_told_to_the_gate(dataset, tmp
     for n in range(12):  # the answer is what the model itself finds likelier a byte, but for every fourth question
         question, choices = f"value {n} is", [" one", " and some more"]
         prompt = tokenizer.encode(question).ids
-        a_byte = [continuation_nats(model, prompt, tokenizer.encode(c).ids) / len(c.encode()) for c in choices]
+        a_byte = [judge_continuation(model, prompt, tokenizer.encode(c).ids)[0] / len(c.encode()) for c in choices]
         rows.append({"question": question, "choices": choices, "answer": int(np.argmin(a_byte)) ^ (n % 4 == 0)})
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "exact.jsonl").write_text('{"question": "x", "answer": "no model says this"}\n')

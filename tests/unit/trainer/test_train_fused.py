@@ -1,0 +1,133 @@
+"""What a CPU computes in few operations, in pieces or compiled is what the plain operations say, gradients too."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts_of_trainer import BASE, VOCAB, config_of, cursor_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trainer.loss
+import trainer.model
+from trainer.config import ModelConfig
+from trainer.errors import StopSignal
+from trainer.fused import fusable
+from trainer.loss import IGNORED, cross_entropy
+from trainer.model import Decoder
+from trainer.optim import make_optimizer
+from trainer.parallel import Ranks, lay_out
+from trainer.step import train_step
+
+
+def decoder_of(**shape) -> Decoder:
+    torch.manual_seed(0)
+    shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "max_context": 64, **shape}
+    model = Decoder(ModelConfig.model_validate(shape), vocab_size=70)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model
+
+
+def loss_and_gradients(model: Decoder, tokens: torch.Tensor, **more) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(tokens, tokens.roll(-1, 1), **more)
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"kv_heads": 4, "tied_embeddings": False}, {"kv_heads": 1, "head_dim": 10}], ids=str
+)
+def test_few_operations_give_what_the_plain_ones_do(monkeypatch, shape):
+    model, tokens = decoder_of(**shape), torch.randint(0, 70, (3, 40))
+    documents = torch.arange(40).div(15, rounding_mode="floor").expand(3, 40)
+    for more in ({}, {"documents_BL": documents}):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.model, "fusable", lambda *_: False)
+            plain = loss_and_gradients(model, tokens, **more)
+        few = loss_and_gradients(model, tokens, **more)
+        assert plain.keys() == few.keys()
+        for name, value in plain.items():
+            assert torch.linalg.vector_norm(few[name] - value) <= 1e-5 * torch.linalg.vector_norm(value), name
+
+
+def test_only_plain_matrices_are_taken_together():
+    plain, biased, adapted = nn.Linear(4, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+    adapted.__class__ = type("Adapted", (nn.Linear,), {})
+    x = torch.zeros(1, 2, 4)
+    assert fusable(x, plain, plain)
+    assert not fusable(x, plain, biased)
+    assert not fusable(x, plain, adapted)
+    assert not fusable(x.bfloat16(), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fusable(x, plain)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+class OtherLinear(nn.Linear):
+    """Like one with an adapter, whose product is its own affair."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OtherLinear])
+@given(rows=st.integers(1, 40), ignored=st.sets(st.integers(0, 23)), reduction=st.sampled_from(["sum", "mean"]))
+@settings(max_examples=25, deadline=None)
+def test_the_loss_is_that_of_all_logits_at_once_and_never_holds_them(kind, rows, ignored, reduction):
+    torch.manual_seed(0)
+    head, x, targets = kind(8, 50, bias=False), torch.randn(2, 12, 8, requires_grad=True), torch.randint(0, 50, (2, 12))
+    targets.view(-1)[sorted(ignored)] = IGNORED
+    if len(ignored) == 24 and reduction == "mean":
+        return  # a mean of nothing
+    whole = F.cross_entropy(head(x).flatten(0, 1), targets.flatten(), reduction=reduction)
+    wanted = torch.autograd.grad(whole, [x, head.weight])
+    with pytest.MonkeyPatch.context() as patched, Largest() as largest:
+        patched.setattr(trainer.loss, "LOGITS_AT_ONCE", {"cpu": rows * 50})
+        loss = cross_entropy(head, x, targets, reduction=reduction)
+        found = torch.autograd.grad(loss, [x, head.weight])
+    assert largest.numbers <= max(rows * 50, head.weight.numel())
+    torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient_and_what_is_below_it_does():
+    head, x = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(1, 6, 8, requires_grad=True)
+    cross_entropy(head, x, torch.randint(0, 50, (1, 6)), reduction="mean").backward()
+    assert head.weight.grad is None
+    assert x.grad is not None
+    with torch.inference_mode():
+        assert cross_entropy(head, x, torch.randint(0, 50, (1, 6)), reduction="mean").isfinite()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_as_plain_ones(tmp_path):
+    curves = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = {**BASE["model"], "layers": 1}
+        config = config_of({"model": model, "parallelism": {"compile": compiled}, "micro_batch": 16})
+        ranks = Ranks(rank=0, world=1, device=torch.device("cpu"))
+        laid = lay_out(config, vocab_size=VOCAB, ranks=ranks, low_precision=False)
+        optimizer, cursor = make_optimizer(laid.module, config.optim), cursor_of(tmp_path, config)
+        step = {"model": laid.run, "optimizer": optimizer, "cursor": cursor, "ranks": ranks, "stop": StopSignal()}
+        curves.append([train_step(number, config, lr=1e-2, **step)[:2] for number in range(3)])
+        names = {name for name, _ in laid.parts[0].named_parameters()}
+        assert not any("_orig_mod" in name for name in names)
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-5)
