@@ -44,6 +44,12 @@ struct Cache {
         }
     }
 
+    // What of the block after this one is to come while `parts` tiles, one after another, compute with this one.
+    Ahead ahead(const long* table, long b, long blocks, long kv, long head, long parts) const {
+        const long bytes = half ? 2 : 4, next = std::min(b + 1, blocks - 1);
+        return {(const char*)data + at(table[next], kv, head) * bytes, BLOCK * bytes / parts};
+    }
+
     // BLOCK · dim values in float32: where they are, or widened into `scratch`.
     const float* block(long index, float* scratch) const {
         if (!half) return (const float*)data + index;
@@ -105,17 +111,20 @@ struct Attention {
         s.reserve(last - first, width, dim);
         for (long b = 0; b < blocks; ++b) {
             const float* keys = cache.block(cache.at(table[b], 0, unit.head), s.block.data());
-            for (const Tile& tile : unit.tiles)
+            Ahead ahead = cache.ahead(table, b, blocks, 0, unit.head, unit.tiles.size());
+            for (const Tile& tile : unit.tiles) {
                 with_rows(tile.rows, [&](auto height) {
                     constexpr int R = height;
                     vec acc[R][SPAN] = {};
                     const float* from[R];
                     UNROLLED for (int r = 0; r < R; ++r) from[r] = q + place(unit, tile.first + r, stride);
-                    multiply<R, SPAN>(from, keys, BLOCK, dim, acc);
+                    multiply<R, SPAN>(from, keys, BLOCK, dim, ahead, acc);
                     UNROLLED for (int r = 0; r < R; ++r)
                         UNROLLED for (int v = 0; v < SPAN; ++v)
                             store(&s.scores[(tile.first - first + r) * width + b * BLOCK + v * LANES], acc[r][v]);
                 });
+                ahead.at += dim * ahead.by;
+            }
         }
         std::vector<float> inverse(last - first);
         const float scale = 1.0f / std::sqrt((float)dim);
@@ -123,14 +132,15 @@ struct Attention {
             inverse[row - first] = softmax(&s.scores[(row - first) * width], scale, visible(unit, row), width);
         for (long b = 0; b < blocks; ++b) {
             const float* values = cache.block(cache.at(table[b], 1, unit.head), s.block.data());
+            Ahead ahead = cache.ahead(table, b, blocks, 1, unit.head, unit.tiles.size());
             for (const Tile& tile : unit.tiles)
                 with_rows(tile.rows, [&](auto height) {
                     constexpr int R = height;
                     const float* from[R];
                     UNROLLED for (int r = 0; r < R; ++r) from[r] = &s.scores[(tile.first - first + r) * width + b * BLOCK];
-                    for (long d = 0; d < dim; d += BLOCK) {
+                    for (long d = 0; d < dim; d += BLOCK, ahead.at += BLOCK * ahead.by) {
                         vec acc[R][SPAN] = {};
-                        multiply<R, SPAN>(from, values + d, dim, BLOCK, acc);
+                        multiply<R, SPAN>(from, values + d, dim, BLOCK, ahead, acc);
                         UNROLLED for (int r = 0; r < R; ++r)
                             UNROLLED for (int v = 0; v < SPAN; ++v) {
                                 float* to = &s.out[(tile.first - first + r) * dim + d + v * LANES];

@@ -108,7 +108,7 @@ class Kernels:
             if form == "int4":
                 low, high = (_pairs(codes) + 8).to(torch.uint8).unbind(-1)
                 data = low | high << 4
-        bias = None if bias is None else bias.float().contiguous()
+        bias = None if bias is None else torch.cat((bias.float(), torch.zeros(missing)))
         return Packed(room(data.shape, data.dtype).copy_(data), scales, bias, form, outputs, inputs)
 
     def forward(

@@ -18,6 +18,8 @@ constexpr long CHUNK_TILES = 32;    // and no more than this, since their sums s
 constexpr long TASK_PANELS = 4;     // what a thread takes at a time
 constexpr long GROUP = 32;          // values of k that share an int8's or int4's scale
 
+constexpr long NARROW_ROWS = 4;     // so many rows at most: more of them, and widening once costs less
+
 enum Format : long { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 typedef uint32_t uvec_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -27,8 +29,12 @@ typedef uint8_t ubyte_at __attribute__((vector_size(LANES), aligned(1), may_alia
 struct Weights {
     const void* data;     // panels in one of the formats
     const float* scales;  // panel × group × PANEL, for int8 and int4
-    const float* bias;    // or null
+    const float* bias;    // of whole panels; or null
     long format, outputs, inputs;
+
+    // Of a panel from k on, for one k more.
+    long bytes() const { return format == F32 ? 4 * PANEL : format == BF16 ? 2 * PANEL : format == INT8 ? PANEL : PANEL / 2; }
+    const char* at(long panel, long k) const { return (const char*)data + (panel * inputs + k) * bytes(); }
 };
 
 // The low and the high halves of pairs of bfloat16, as float32: a 32-bit lane holds k and, above it, k + 1.
@@ -37,11 +43,11 @@ static inline vec high(uvec pair) { return (vec)(pair & 0xffff0000u); }
 
 // One panel's piece of k in float32: the panel itself, or its values widened into `scratch`.
 static inline const float* widen(const Weights& w, long panel, long k0, long depth, float* scratch) {
-    const long at = (panel * w.inputs + k0) * PANEL;
+    const long group = (panel * w.inputs + k0) / GROUP;
     switch (w.format) {
-        case F32: return (const float*)w.data + at;
+        case F32: return (const float*)w.at(panel, k0);
         case BF16: {
-            const uint16_t* from = (const uint16_t*)w.data + at;
+            const uint16_t* from = (const uint16_t*)w.at(panel, k0);
             for (long k = 0; k < depth; k += 2)
                 for (long c = 0; c < PANEL; c += LANES) {
                     const uvec pair = *(const uvec_at*)(from + k * PANEL + 2 * c);
@@ -51,24 +57,22 @@ static inline const float* widen(const Weights& w, long panel, long k0, long dep
             return scratch;
         }
         case INT8: {
-            const int8_t* from = (const int8_t*)w.data + at;
-            const float* scale = w.scales + at / GROUP;
+            const int8_t* from = (const int8_t*)w.at(panel, k0);
             for (long k = 0; k < depth; ++k)
                 for (long c = 0; c < PANEL; c += LANES) {
                     vec value = __builtin_convertvector(*(const byte_at*)(from + k * PANEL + c), vec);
-                    store(scratch + k * PANEL + c, value * load(scale + k / GROUP * PANEL + c));
+                    store(scratch + k * PANEL + c, value * load(w.scales + (group + k / GROUP) * PANEL + c));
                 }
             return scratch;
         }
         default: {  // INT4: a byte holds k and, above it, k + 1, each plus 8
-            const uint8_t* from = (const uint8_t*)w.data + at / 2;
-            const float* scale = w.scales + at / GROUP;
+            const uint8_t* from = (const uint8_t*)w.at(panel, k0);
             for (long k = 0; k < depth; k += 2)
                 for (long c = 0; c < PANEL; c += LANES) {
                     uvec pair = __builtin_convertvector(*(const ubyte_at*)(from + k / 2 * PANEL + c), uvec);
                     vec first = __builtin_convertvector((ivec)(pair & 15u) - 8, vec);
                     vec second = __builtin_convertvector((ivec)(pair >> 4) - 8, vec);
-                    vec by = load(scale + k / GROUP * PANEL + c);
+                    vec by = load(w.scales + (group + k / GROUP) * PANEL + c);
                     store(scratch + k * PANEL + c, first * by);
                     store(scratch + (k + 1) * PANEL + c, second * by);
                 }
@@ -77,24 +81,14 @@ static inline const float* widen(const Weights& w, long panel, long k0, long dep
     }
 }
 
-// `multiply` for one panel of bfloat16, widened in registers: the same products in the same order.
-template <int R>
-static inline void multiply_halves(const float* const (&x)[R], const uint16_t* w, long depth, vec (&acc)[R][2]) {
-    for (long k = 0; k < depth; k += 2) {
-        uvec pair[2];
-        UNROLLED for (int v = 0; v < 2; ++v) pair[v] = *(const uvec_at*)(w + k * PANEL + 2 * v * LANES);
-        UNROLLED for (int r = 0; r < R; ++r)
-            UNROLLED for (int v = 0; v < 2; ++v) acc[r][v] += x[r][k] * low(pair[v]);
-        UNROLLED for (int r = 0; r < R; ++r)
-            UNROLLED for (int v = 0; v < 2; ++v) acc[r][v] += x[r][k + 1] * high(pair[v]);
-    }
-}
-
 #if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
 // The processor's own product of pairs of bfloat16: x is rounded to bfloat16, and the sums are float32.
 template <int R>
-static inline void multiply_pairs(const float* const (&x)[R], const uint16_t* w, long depth, vec (&acc)[R][2]) {
+static inline void multiply_narrow(
+    const float* const (&x)[R], const uint16_t* w, long depth, Ahead ahead, vec (&acc)[R][2]) {
     for (long k = 0; k < depth; k += 2) {
+        ahead.fetch(k);
         __m512bh b[2];
         UNROLLED for (int v = 0; v < 2; ++v) b[v] = (__m512bh)_mm512_loadu_si512(w + k * PANEL + 2 * v * LANES);
         UNROLLED for (int r = 0; r < R; ++r) {
@@ -105,9 +99,22 @@ static inline void multiply_pairs(const float* const (&x)[R], const uint16_t* w,
         }
     }
 }
-constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
+// `multiply` for a piece of a panel of bfloat16, widened in registers: the same products in the same order.
+template <int R>
+static inline void multiply_narrow(
+    const float* const (&x)[R], const uint16_t* w, long depth, Ahead ahead, vec (&acc)[R][2]) {
+    for (long k = 0; R <= NARROW_ROWS && k < depth; k += 2) {
+        ahead.fetch(k);
+        uvec pair[2];
+        UNROLLED for (int v = 0; v < 2; ++v) pair[v] = *(const uvec_at*)(w + k * PANEL + 2 * v * LANES);
+        UNROLLED for (int r = 0; r < R; ++r)
+            UNROLLED for (int v = 0; v < 2; ++v) acc[r][v] += x[r][k] * low(pair[v]);
+        UNROLLED for (int r = 0; r < R; ++r)
+            UNROLLED for (int v = 0; v < 2; ++v) acc[r][v] += x[r][k + 1] * high(pair[v]);
+    }
+}
 #endif
 
 // Rows of activations. With PAIRS and bfloat16 weights a row holds pairs of bfloat16, of k and above it k + 1.
@@ -127,24 +134,21 @@ struct Product {
 
     // One panel's columns of y for the rows of some tiles. All of k is summed near before y, which is far, is written.
     void panel(long panel, const Tile* begin, const Tile* end, Near& near) const {
-        const bool pairs = PAIRS && w.format == BF16, halves = w.format == BF16 && end - begin == 1;
+        const bool narrow = w.format == BF16 && (PAIRS || (end - begin == 1 && begin->rows <= NARROW_ROWS));
+        const long x_values = PAIRS && w.format == BF16 ? 2 : 1;  // in a float's place
         for (long k0 = 0; k0 < w.inputs; k0 += DEPTH) {
             const long depth = std::min(DEPTH, w.inputs - k0);
-            const uint16_t* narrow = (const uint16_t*)w.data + (panel * w.inputs + k0) * PANEL;
-            const float* wide = pairs || halves ? nullptr : widen(w, panel, k0, depth, near.weights);
-            for (const Tile* tile = begin; tile != end; ++tile) {
+            const float* wide = narrow ? nullptr : widen(w, panel, k0, depth, near.weights);
+            Ahead ahead{w.at(panel, k0 + depth), w.bytes() / (end - begin)};  // each tile a part of the next piece
+            for (const Tile* tile = begin; tile != end; ++tile, ahead.at += depth * ahead.by) {
                 float* sums = near.sums + (tile->first - begin->first) * PANEL;
                 with_rows(tile->rows, [&](auto height) {
                     constexpr int R = height;
                     vec acc[R][2] = {};
                     const float* from[R];
-                    UNROLLED for (int r = 0; r < R; ++r) from[r] = x.at + (tile->first + r) * x.stride + (pairs ? k0 / 2 : k0);
-#if defined(__AVX512BF16__)
-                    if (pairs) multiply_pairs<R>(from, narrow, depth, acc);
-                    else
-#endif
-                    if (halves) multiply_halves<R>(from, narrow, depth, acc);
-                    else multiply<R, 2>(from, wide, PANEL, depth, acc);
+                    UNROLLED for (int r = 0; r < R; ++r) from[r] = x.at + (tile->first + r) * x.stride + k0 / x_values;
+                    if (wide) multiply<R, 2>(from, wide, PANEL, depth, ahead, acc);
+                    else multiply_narrow<R>(from, (const uint16_t*)w.at(panel, k0), depth, ahead, acc);
                     UNROLLED for (int r = 0; r < R; ++r)
                         UNROLLED for (int v = 0; v < 2; ++v) {
                             float* to = sums + r * PANEL + v * LANES;
@@ -157,14 +161,15 @@ struct Product {
     }
 
     void write(long panel, long first, long last, const float* sums) const {
-        const long column = panel * PANEL, columns = std::min(PANEL, w.outputs - column);
-        for (long r = first; r < last; ++r, sums += PANEL) {
-            float* to = y + r * y_stride + column;
-            for (long c = 0; c < columns; ++c) {
-                const float value = w.bias ? sums[c] + w.bias[column + c] : sums[c];
-                to[c] = add ? to[c] + value : value;
+        const long column = panel * PANEL;
+        for (long r = first; r < last; ++r, sums += PANEL)
+            for (long v = 0; v < PANEL; v += LANES) {
+                const vec value = w.bias ? load(sums + v) + load(w.bias + column + v) : load(sums + v);
+                float* to = y + r * y_stride + column + v;
+                const long columns = w.outputs - column - v;
+                if (columns >= LANES) store(to, add ? load(to) + value : value);
+                else for (long c = 0; c < columns; ++c) to[c] = add ? to[c] + value[c] : value[c];
             }
-        }
     }
 };
 

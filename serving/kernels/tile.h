@@ -62,11 +62,22 @@ static inline float sum(vec v) {
     return total;
 }
 
+// Memory that is asked for while something else is computed, `by` bytes at each k: it comes as fast as it is used up, and
+// the processor's own guesses stop where a piece is used more than once.
+struct Ahead {
+    const char* at;
+    long by;
+
+    void fetch(long k) const { __builtin_prefetch(at + k * by, 0, 2); }
+};
+
 // acc[r][v] += Σ_k x[r][k] · w[k·stride + v·LANES]. Sums run in the order of k whatever R is: a row's result is the
 // same, to the bit, whichever rows it shares a tile with.
 template <int R, int V>
-static inline void multiply(const float* const (&x)[R], const float* w, long stride, long depth, vec (&acc)[R][V]) {
+static inline void multiply(
+    const float* const (&x)[R], const float* w, long stride, long depth, Ahead ahead, vec (&acc)[R][V]) {
     for (long k = 0; k < depth; ++k) {
+        ahead.fetch(k);
         vec b[V];
         UNROLLED for (int v = 0; v < V; ++v) b[v] = load(w + k * stride + v * LANES);
         UNROLLED for (int r = 0; r < R; ++r)
