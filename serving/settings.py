@@ -12,7 +12,11 @@ from serving.errors import Refused
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What a graph, which computes whole sequences from weights of its own, can do nothing with.
-NOT_ONNX = ("dtype", "quantize", "speculate_tokens", "kv_bytes", "kv_spill", "adapters", "adapters_dir")
+NOT_ONNX = (
+    "dtype", "quantize", "speculate_tokens", "kv_bytes", "kv_spill", "adapters", "adapters_dir", "tensor_parallel_size",
+)  # fmt: skip
+# What is kept or read by one process alone.
+NOT_SPLIT = ("kv_spill", "adapters", "adapters_dir")
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -32,6 +36,7 @@ class Settings:
     quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
     speculate_tokens: int = 0  # guessed from the text so far and checked in one step; 0: none
     device: str = "auto"
+    tensor_parallel_size: int = 1  # processes that share one model, on one machine
     adapters: tuple[str, ...] = ()  # NAME=SOURCE: a directory in PEFT's layout, a registry entry or a channel file
     adapters_dir: str | None = None  # each directory in it is an adapter, by its own name
     max_adapters: int = 8  # in memory at once, …
@@ -49,7 +54,7 @@ class Settings:
     admin_port: int | None = None  # 0 picks a free one; no admin port when not given
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, with its errors in the project's form: one line, with the fix."""
 
     def error(self, message: str) -> NoReturn:
@@ -107,7 +112,7 @@ def _seconds(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = _Parser("python -m serving", description="Serves a model package over OpenAI's HTTP API.", allow_abbrev=False)
+    p = Parser("python -m serving", description="Serves a model package over OpenAI's HTTP API.", allow_abbrev=False)
     p.add_argument("model", metavar="MODEL", help="package, Hugging Face directory, or …/channels/<channel>.json")
     p.add_argument("--host", default=Settings.host)
     # A container's port is told by the environment, so that one manifest runs where the number is taken (contracts).
@@ -143,6 +148,10 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
         "--adapter", dest="adapters", type=_adapter, action="append", metavar="NAME=SOURCE", default=[],
         help="a LoRA adapter that requests may name as their model: a directory, a registry entry or a channel",
     )  # fmt: skip
+    p.add_argument(
+        "--tensor-parallel-size", type=_count, metavar="N", default=Settings.tensor_parallel_size,
+        help="processes that share one model: a GPU each, or a machine's processors",
+    )  # fmt: skip
     p.add_argument("--adapters-dir", metavar="DIR", help="each directory in it that holds an adapter, by its name")
     p.add_argument("--max-adapters", type=_count, metavar="N", default=Settings.max_adapters, help="in memory at once")
     p.add_argument("--adapter-bytes", type=parse_bytes, metavar="BYTES", default=Settings.adapter_bytes)
@@ -174,9 +183,16 @@ def parse(argv: Sequence[str]) -> Settings:
         raise Refused(f"unknown argument '{unknown[0]}'", where="command line", fix=fix)
     if known.poll_s < 0.05:
         raise Refused(f"--poll-s {known.poll_s} is too short", where="command line", fix="Give at least 0.05")
-    for name in NOT_ONNX if known.engine == "onnx" else ():
-        if getattr(known, name) != p.get_default(name):
-            flag = next(action.option_strings[0] for action in p._actions if action.dest == name)
-            fix = f"Leave {flag} out, or serve with --engine torch"
-            raise Refused(f"--engine onnx knows no {flag}", where="command line", fix=fix)
+    if known.engine == "onnx":
+        _refuse(p, known, NOT_ONNX, beside="--engine onnx")
+    if known.tensor_parallel_size > 1:
+        _refuse(p, known, NOT_SPLIT, beside="--tensor-parallel-size")
     return Settings(**{**vars(known), "adapters": tuple(known.adapters)})
+
+
+def _refuse(p: argparse.ArgumentParser, known: argparse.Namespace, names: Sequence[str], *, beside: str) -> None:
+    """Raises `Refused` for flags that were given and cannot be `beside` another."""
+    for action in p._actions:
+        if action.dest in names and getattr(known, action.dest) != p.get_default(action.dest):
+            flag = action.option_strings[0]
+            raise Refused(f"{flag} cannot be used with {beside}", where="command line", fix="Leave one of them out")

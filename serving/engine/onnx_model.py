@@ -115,7 +115,7 @@ def onnx_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes:
     on_bytes(total_bytes, total_bytes)
     max_model_len = checked_model_len(settings, config, where=str(root))
     model = OnnxModel(session, config)
-    peaks = peaks_of(settings, torch.device("cpu"), torch.float32)
+    peaks = peaks_of(settings, torch.device("cpu"))
     return Parts(
         runner=ModelRunner(model, NoPool(), max_model_len=max_model_len),  # pyright: ignore[reportArgumentType]
         # A block is a whole sequence, so that none is ever shared: there is nothing in it. One for each that runs, and

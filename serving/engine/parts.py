@@ -14,6 +14,7 @@ from serving.engine.attention import KVPool, Pool
 from serving.engine.attention_cpu import CpuPool
 from serving.engine.block_manager import BlockManager
 from serving.engine.model_runner import ModelRunner, Sampled
+from serving.engine.ranks import Begin, RankedPool, Ranks
 from serving.engine.scheduler import Scheduled
 from serving.engine.spill import Spill, namespace
 from serving.engine.usage import Peaks, Usage, Work, measure_peaks
@@ -21,8 +22,10 @@ from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
 from serving.memory import available_bytes
 from serving.model.config import ModelConfig
+from serving.model.llama import Llama
 from serving.model.packed import fits, pack
 from serving.model.quantized import GROUP, quantizable, quantize_layers
+from serving.model.shard import Shard, join, narrowed
 from serving.model.weights import load
 from serving.settings import Settings
 
@@ -48,53 +51,85 @@ class Parts(NamedTuple):
     embeds: bool = True  # whether what the model computes for a position is a state, and not yet the logits
 
 
-def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes: Callable[[int, int], None]) -> Parts:
-    """The parts of an engine that computes with torch. Raises `Refused`."""
-    device = _device(settings)
+class Loaded(NamedTuple):
+    """A model, or one rank's share of it, with its weights in the form that it computes with."""
+
+    model: Llama
+    kernels: Kernels | None
+    device: torch.device
+    dtype: torch.dtype  # of the vocabulary's weight, and of keys and values
+    form: str  # of the layers' weights
+
+
+def load_share(
+    root: Path, config: ModelConfig, settings: Settings, shard: Shard, *, on_bytes: Callable[[int, int], None]
+) -> Loaded:
+    """What one rank computes with. Raises `Refused`."""
+    device = _device(settings, shard)
     dtype = _dtype(settings, config, device)
     form = str(dtype).removeprefix("torch.") if settings.quantize == "none" else settings.quantize
-    if settings.quantize != "none" and not quantizable(config):
+    local = narrowed(config, shard.size, where=str(root))
+    if settings.quantize != "none" and not quantizable(local):
         what = f"--quantize {settings.quantize} needs layers whose inputs are multiples of {GROUP}"
         raise Refused(what, where=str(root), fix="Serve the model with --quantize none")
-    model = load(root, config, device=device, dtype=dtype, on_bytes=on_bytes)
-    compiled = _kernels(config, device)
+    model = load(root, local, device=device, dtype=dtype, on_bytes=on_bytes, shard=shard)
+    compiled = _kernels(local, device)
     if compiled is not None:
         pack(model, compiled, form=form)
     elif settings.quantize != "none":
         quantize_layers(model, form=form)
+    return Loaded(model, compiled, device, dtype, form)
+
+
+def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes: Callable[[int, int], None]) -> Parts:
+    """The parts of an engine that computes with torch, alone or with other ranks. Raises `Refused`."""
+    size = settings.tensor_parallel_size
     max_model_len = checked_model_len(settings, config, where=str(root))
-    num_blocks = _num_blocks(settings, config, device, dtype=dtype, max_model_len=max_model_len)
-    pool = _pool(config, compiled, num_blocks=num_blocks, dtype=dtype, device=device)
+    narrowed(config, size, where=str(root))  # before any other process is started
+    ranks = Ranks(root, settings) if size > 1 else None
+    loaded = load_share(root, config, settings, Shard(0, size), on_bytes=on_bytes)
+    if ranks is not None:
+        ranks.meet()
+    num_blocks = _num_blocks(settings, config, loaded, max_model_len=max_model_len)
+    pool = pool_of(loaded, num_blocks=num_blocks)
+    if ranks is not None:
+        join(loaded.model, Shard(0, size), config, ask=ranks.ask_logits)
+        ranks.send(Begin(num_blocks, max_model_len))
+        pool = RankedPool(pool, ranks)
     spill = None
     if settings.kv_spill is not None:
-        space = namespace(root, layout=f"{type(pool).__name__} {dtype} {form} {BLOCK_SIZE}")
+        space = namespace(root, layout=f"{type(pool).__name__} {loaded.dtype} {loaded.form} {BLOCK_SIZE}")
         spill = Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
-    adapting = LlamaAdapting(model, config, device=device)
+    adapting = LlamaAdapting(loaded.model, config, device=loaded.device)
     return Parts(
-        runner=ModelRunner(model, pool, max_model_len=max_model_len),
+        runner=ModelRunner(loaded.model, pool, max_model_len=max_model_len),
         blocks=BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
         adapters=Adapters(adapting, max_count=settings.max_adapters, max_bytes=settings.adapter_bytes),
-        usage=Usage(Work.of(config, form=form, dtype=dtype), peaks_of(settings, device, dtype)),
-        step_tokens=STEP_TOKENS[device.type],
+        usage=Usage(Work.of(config, form=loaded.form, dtype=loaded.dtype), peaks_of(settings, loaded.device)),
+        step_tokens=STEP_TOKENS[loaded.device.type],
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
     )
 
 
-def peaks_of(settings: Settings, device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The hardware's peaks as the settings declare them, else as they are measured."""
+def peaks_of(settings: Settings, device: torch.device) -> Peaks:
+    """The hardware's peaks as the settings declare them, else as they are measured: on GPUs, those of all ranks."""
     bytes_per_s, flops_per_s = settings.peak_bytes_per_s, settings.peak_flops_per_s
     if bytes_per_s is None or flops_per_s is None:
-        measured = measure_peaks(device, dtype)
+        measured = measure_peaks(device, ranks=settings.tensor_parallel_size)
         return Peaks(bytes_per_s or measured.bytes_per_s, flops_per_s or measured.flops_per_s)
     return Peaks(bytes_per_s, flops_per_s)
 
 
-def _device(settings: Settings) -> torch.device:
+def _device(settings: Settings, shard: Shard) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise Refused("there is no CUDA device", where="--device cuda", fix="Use --device cpu, or run on a GPU node")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if settings.device == "auto" else settings.device)
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if shard.size > torch.cuda.device_count():
+        what = f"--tensor-parallel-size {shard.size} needs as many GPUs, and there are {torch.cuda.device_count()}"
+        raise Refused(what, where="command line", fix=f"Give at most {torch.cuda.device_count()}")
+    return torch.device("cuda", shard.rank)
 
 
 def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
@@ -106,13 +141,13 @@ def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
     return found
 
 
-def _pool(
-    config: ModelConfig, compiled: Kernels | None, *, num_blocks: int, dtype: torch.dtype, device: torch.device
-) -> Pool:
+def pool_of(loaded: Loaded, *, num_blocks: int) -> Pool:
+    """Memory for the keys and values of the heads that this rank has."""
+    config = loaded.model.config
     shape = {"layers": config.layers, "num_blocks": num_blocks, "kv_heads": config.kv_heads}
-    if compiled is not None:
-        return CpuPool(compiled, **shape, head_dim=config.head_dim, dtype=dtype)
-    return KVPool(**shape, head_dim=config.head_dim, block_size=BLOCK_SIZE, dtype=dtype, device=device)
+    if loaded.kernels is not None:
+        return CpuPool(loaded.kernels, **shape, head_dim=config.head_dim, dtype=loaded.dtype)
+    return KVPool(**shape, head_dim=config.head_dim, block_size=BLOCK_SIZE, dtype=loaded.dtype, device=loaded.device)
 
 
 def _dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -130,16 +165,22 @@ def checked_model_len(settings: Settings, config: ModelConfig, *, where: str) ->
     return asked
 
 
-def _num_blocks(
-    settings: Settings, config: ModelConfig, device: torch.device, *, dtype: torch.dtype, max_model_len: int
-) -> int:
-    """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory."""
-    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
+def _num_blocks(settings: Settings, config: ModelConfig, loaded: Loaded, *, max_model_len: int) -> int:
+    """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory.
+
+    A block's bytes are those of all ranks together, which on GPUs have memory each.
+    """
+    device = loaded.device
+    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=loaded.dtype.itemsize)
     per_seq = -(-max_model_len // BLOCK_SIZE)
     if settings.kv_bytes is not None:
         num_blocks = settings.kv_bytes // per_block
     else:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        free = (
+            torch.cuda.mem_get_info(device)[0] * settings.tensor_parallel_size
+            if device.type == "cuda"
+            else available_bytes()
+        )
         num_blocks = min(settings.max_num_seqs * per_seq, int(free * KV_MEMORY_SHARE) // per_block)
     if num_blocks < per_seq:
         what = f"{num_blocks * per_block:,} bytes cannot hold the keys and values of one {max_model_len}-token sequence"

@@ -87,16 +87,19 @@ class Usage:
 
 
 @cache
-def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """What this machine does when it does nothing else: the best of a few tries, a tenth of a second in all on a CPU."""
+def measure_peaks(device: torch.device, *, ranks: int) -> Peaks:
+    """What the hardware does when it does nothing else: the best of a few tries, a tenth of a second in all on a CPU.
+
+    `ranks` of GPUs have that much each; on one machine's CPUs they share it.
+    """
     side, numbers = (512, 16 << 20) if device.type == "cpu" else (8192, 1 << 30)
-    compute = torch.float32 if device.type == "cpu" else dtype
+    compute, each = (torch.float32, 1) if device.type == "cpu" else (torch.bfloat16, ranks)
     with torch.inference_mode():
         many = torch.ones(numbers, dtype=torch.float32, device=device)
         square = torch.ones(side, side, dtype=compute, device=device)
         read_s = min(_seconds(lambda: many.sum(), device) for _ in range(4))
         multiply_s = min(_seconds(lambda: square @ square, device) for _ in range(4))
-    return Peaks(many.nbytes / read_s, 2 * side**3 / multiply_s)
+    return Peaks(each * many.nbytes / read_s, each * 2 * side**3 / multiply_s)
 
 
 def _seconds(work, device: torch.device) -> float:

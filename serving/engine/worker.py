@@ -13,29 +13,64 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from serving.engine.messages import Abort, Add, Failed, Forget, Load, Loading, Ready, Request, SamplingParams, Step
+from serving.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    Forget,
+    Load,
+    Loading,
+    Ready,
+    Reply,
+    Request,
+    SamplingParams,
+    Step,
+)
 from serving.engine.messages import Stop as StopMessage
 from serving.errors import Refused
 
 PROGRESS_INTERVAL_S = 0.25
+RANK_DEATH_S = 1.0
 
 
 def main() -> None:
     # The server decides when its engine ends: a terminal's Ctrl-C and a group's SIGTERM reach both of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
+    connection = Outbox(int(sys.argv[1]))
     inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    load = inbox.get()
+    assert isinstance(load, Load)
     try:
-        load = inbox.get()
-        assert isinstance(load, Load)
         _serve(load, inbox, connection)
     except Refused as error:
         connection.send(Failed(str(error), refused=True))
     except Exception as error:
+        if load.settings.tensor_parallel_size > 1:
+            time.sleep(RANK_DEATH_S)  # a rank that died is the reason, and whoever watches it says so
         connection.send(Failed(f"{type(error).__name__}: {error}", refused=False))
         raise
+
+
+class Outbox(Connection):
+    """The connection, for more than one thread to send by."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._lock = threading.Lock()
+
+    def send(self, obj: Reply) -> None:
+        with self._lock:
+            super().send(obj)
+
+
+def _end_with_ranks(connection: Outbox) -> None:
+    """Ends this process when one of the other ranks' has ended: the sums that it waits for will never be."""
+    from serving.engine.ranks import deaths
+
+    connection.send(Failed(deaths.get(), refused=False))
+    os._exit(1)
 
 
 def _receive(connection: Connection, inbox: "queue.SimpleQueue[Request]") -> None:
@@ -47,10 +82,12 @@ def _receive(connection: Connection, inbox: "queue.SimpleQueue[Request]") -> Non
             os._exit(0)
 
 
-def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Connection) -> None:
+def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Outbox) -> None:
     started_s = time.monotonic()
     from serving.engine.engine import Engine  # imports torch, which takes seconds: the server hears about them
 
+    if load.settings.tensor_parallel_size > 1:
+        threading.Thread(target=_end_with_ranks, args=(connection,), daemon=True).start()
     engine = Engine.load(Path(load.root), load.settings, on_bytes=_progress(connection))
     # Ready means that a token was made: memory is touched, kernels are chosen, and the weights give numbers.
     engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0))

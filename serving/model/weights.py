@@ -11,6 +11,7 @@ from torch import Tensor
 from serving.errors import Refused
 from serving.model.config import ModelConfig
 from serving.model.llama import Llama
+from serving.model.shard import AXIS, COLUMNS, WHOLE, Shard
 
 ATTENTION, MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 
@@ -29,9 +30,12 @@ TOP_SOURCES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_
 
 
 def load(
-    root: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int, int], None]
-) -> Llama:
-    """The model with its weights on `device`. `on_bytes(done, total)` tells progress.
+    root: Path, config: ModelConfig, *,
+    device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int, int], None], shard: Shard = WHOLE,
+) -> Llama:  # fmt: skip
+    """The model, or one rank's share of it, with its weights on `device`. `on_bytes(done, total)` tells progress.
+
+    `config` is the share's own shape (see `shard.narrowed`).
 
     Raises `Refused`, naming the file, when a file is truncated, or a tensor is missing, unknown or of another shape.
     """
@@ -47,7 +51,7 @@ def load(
         for source in _sources(name):
             if source not in files:
                 raise Refused(f"tensor '{source}' is missing", where=str(root), fix="Export the model again")
-            part = handles[files.pop(source)].get_tensor(source)
+            part = _share(handles[files.pop(source)], source, name, shard)
             done_bytes += part.nbytes
             parts.append(part.to(device=device, dtype=dtype))
         # torch.cat copies, so that a package replaced on disk never changes, or tears, the weights being served.
@@ -68,13 +72,36 @@ def load(
     return model.requires_grad_(False).eval()
 
 
+def _share(file: safe_open, source: str, name: str, shard: Shard) -> Tensor:
+    """The checkpoint's tensor, or what one rank has of it: only that is read from the file."""
+    place, kind = _place(name)
+    axis = AXIS.get(place)
+    if shard.size == 1 or axis is None:
+        return file.get_tensor(source)
+    if axis == COLUMNS and kind == "bias":  # added once, by rank 0: what the ranks have is summed
+        return file.get_tensor(source) * (shard.rank == 0)
+    whole = file.get_slice(source)
+    start, stop = shard.span(whole.get_shape()[axis])
+    if axis == COLUMNS:
+        return whole[:, start:stop]
+    part = whole[start:stop]
+    missing = shard.each(whole.get_shape()[axis]) - len(part)  # of a vocabulary that the ranks do not divide
+    return torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) if missing else part
+
+
 def _sources(name: str) -> list[str]:
     """The checkpoint's names for our parameter `name`, such as `blocks.3.attention.qkv.weight`."""
-    module, _, kind = name.rpartition(".")
-    if module in TOP_SOURCES:
-        return [f"{TOP_SOURCES[module]}.{kind}"]
-    _, layer, part = module.split(".", 2)
-    return [f"{source.format(i=layer)}.{kind}" for source in LAYER_SOURCES[part]]
+    place, kind = _place(name)
+    if place in TOP_SOURCES:
+        return [f"{TOP_SOURCES[place]}.{kind}"]
+    layer = name.split(".", 2)[1]
+    return [f"{source.format(i=layer)}.{kind}" for source in LAYER_SOURCES[place]]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(a layer's place, `weight` or `bias`) of our parameter `name`."""
+    place, _, kind = name.rpartition(".")
+    return place if place in TOP_SOURCES else place.split(".", 2)[2], kind
 
 
 def _tensor_files(root: Path) -> dict[str, Path]:
