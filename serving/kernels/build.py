@@ -6,13 +6,13 @@ computes with torch alone. `python -m serving.kernels.build` compiles for every 
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -64,28 +64,37 @@ def _folders() -> tuple[Path, Path]:
 
 
 def _compile(name: str, flags: tuple[str, ...]) -> Path:
-    """Compiles into the first folder that can be written; what is there appears whole."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        raise Unavailable("there is no C++ compiler")
+    """Compiles into the first folder that can be written. Who comes while another process compiles waits for it."""
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            made = tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False)  # noqa: SIM115 (renamed, not closed)
+            lock = (folder / f"{name}.lock").open("w")
         except OSError:
             continue
-        made.close()
-        sources = [str(HERE / source) for source in SOURCES if source.endswith(".cpp")]
-        try:
-            command = [compiler, *FLAGS, *flags, *sources, "-o", made.name]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)  # noqa: S603
-            os.replace(made.name, folder / name)
-        except (OSError, subprocess.SubprocessError) as error:
-            Path(made.name).unlink(missing_ok=True)
-            said = getattr(error, "stderr", None) or str(error).encode()
-            raise Unavailable(f"{compiler} failed: {said.decode(errors='replace').strip()[:300]}") from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
+            if not (folder / name).is_file():
+                _compile_to(folder / name, flags)
         return folder / name
     raise Unavailable("there is no folder to compile into")
+
+
+def _compile_to(path: Path, flags: tuple[str, ...]) -> None:
+    """`path` appears whole, for every user to read."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise Unavailable("there is no C++ compiler")
+    made = path.with_suffix(".part.so")
+    sources = [str(HERE / source) for source in SOURCES if source.endswith(".cpp")]
+    try:
+        command = [compiler, *FLAGS, *flags, *sources, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)  # noqa: S603
+        made.chmod(0o755)
+        made.replace(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        made.unlink(missing_ok=True)
+        said = getattr(error, "stderr", None) or str(error).encode()
+        raise Unavailable(f"{compiler} failed: {said.decode(errors='replace').strip()[:300]}") from None
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -96,5 +105,8 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 if __name__ == "__main__":
-    for _, level in LEVELS:
-        print(_compile(f"slipway-{_digest(level)}.so", level))
+    try:
+        for _, level in LEVELS:
+            print(_compile(f"slipway-{_digest(level)}.so", level))
+    except Unavailable as error:
+        sys.exit(f"error: {error} ({HERE}). Install g++ 12 or newer")
