@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from infra.render import run
+from infra.spec import load
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [
@@ -19,12 +20,13 @@ pytestmark = [
 ]
 
 
-def has_provider() -> bool:
-    """The Kubernetes provider is on PATH or among the installed plugins."""
-    if shutil.which("pulumi-resource-kubernetes"):
-        return True
+def need_provider(name: str) -> None:
+    """Skip unless Pulumi's provider `name` is on PATH or among the installed plugins."""
+    if shutil.which(f"pulumi-resource-{name}"):
+        return
     done = subprocess.run(["pulumi", "plugin", "ls", "--json"], capture_output=True, text=True, timeout=60)
-    return done.returncode == 0 and "kubernetes" in done.stdout
+    if done.returncode or name not in done.stdout:
+        pytest.skip(f"Pulumi has no {name} provider installed")
 
 
 @pytest.fixture
@@ -54,13 +56,14 @@ def pulumi(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             timeout=180,
         )
 
-    if not has_provider():
-        pytest.skip("Pulumi has no Kubernetes provider installed")
+    need_provider("kubernetes")
     return command
 
 
-@pytest.mark.parametrize("name", ["local", "dev"])
+@pytest.mark.parametrize("name", ["local", "dev", "staging", "prod"])
 def test_preview_plans_what_render_writes(pulumi: Callable[..., Any], name: str) -> None:
+    if load(ROOT / "stacks" / f"Pulumi.{name}.yaml").images.registry:
+        need_provider("docker-build")
     assert pulumi("stack", "init", name).returncode == 0
     done = pulumi("preview", "-s", name, "--json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
