@@ -124,6 +124,8 @@ class LocalSgdConfig(Config):
     outer_momentum: float = Field(default=0.9, ge=0, lt=1)
     fragments: int = Field(default=1, ge=1)  # of the model, each synchronised at a step of its own
     overlap_steps: int = Field(default=0, ge=0)  # that go on while a fragment travels
+    launches: int | None = Field(default=None, ge=2)  # each replica started apart, to die and return; `launches.py`
+    lost_after_s: float = Field(default=15.0, gt=0)  # without a sign of life the others go on without such a replica
 
     @model_validator(mode="after")
     def _fits_between(self) -> "LocalSgdConfig":
@@ -136,6 +138,12 @@ class LocalSgdConfig(Config):
                 f"overlap_steps {self.overlap_steps} must be below every_steps {self.every_steps}: a fragment has to "
                 "arrive before it leaves again"
             )
+        if self.launches and self.overlap_steps:
+            raise ValueError(
+                "overlap_steps is of replicas in one launch: what travels would be lost with one that dies"
+            )
+        if "lost_after_s" in self.model_fields_set and not self.launches:
+            raise ValueError("lost_after_s is of replicas that are launches of their own; set launches too")
         return self
 
 
@@ -198,6 +206,14 @@ class TrainConfig(Config):
     def _adapters_fit(self) -> "TrainConfig":
         if self.lora is not None and self.parallelism.tp > 1:
             raise ValueError(f"lora's small matrices are not split over tp {self.parallelism.tp}; use dp_shard instead")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_stay_together(self) -> "TrainConfig":
+        if self.local_sgd and self.local_sgd.launches and self.recover.bad_step == "skip":
+            raise ValueError(
+                "recover.bad_step 'skip' goes back alone, and local_sgd.launches go on together; use 'stop'"
+            )
         return self
 
     @model_validator(mode="after")

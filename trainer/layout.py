@@ -18,6 +18,8 @@ class Layout:
     dp_shard: int
     cp: int
     tp: int
+    launches: int = 1
+    """Of this layout, each a replica of local SGD with a world of its own."""
 
     @property
     def world(self) -> int:
@@ -26,7 +28,7 @@ class Layout:
     @property
     def dp(self) -> int:
         """Ranks that draw different samples."""
-        return self.dp_replicate * self.dp_shard
+        return self.launches * self.dp_replicate * self.dp_shard
 
     @property
     def replicated_only(self) -> bool:
@@ -47,11 +49,13 @@ def layout_of(config: TrainConfig, *, world: int) -> Layout:
             where="parallelism",
             fix=f"Start {ranks} ranks, or change a factor.",
         )
-    layout = Layout(pp=wanted.pp, dp_replicate=world // inner, dp_shard=wanted.dp_shard, cp=wanted.cp, tp=wanted.tp)
+    launches = (config.local_sgd and config.local_sgd.launches) or 1
+    replicas, shards = world // inner, wanted.dp_shard
+    layout = Layout(pp=wanted.pp, dp_replicate=replicas, dp_shard=shards, cp=wanted.cp, tp=wanted.tp, launches=launches)
     _fit_tensor_parallel(config)
     _fit_context(config)
     _fit_pipeline(config, grad_accum=config.grad_accum(layout.dp))
-    if config.local_sgd and layout.dp_replicate < 2:
+    if config.local_sgd and layout.launches * layout.dp_replicate < 2:
         raise Refused(
             f"local_sgd has {layout.dp_replicate} replica to average: dp_replicate is {layout.dp_replicate}",
             where="local_sgd",

@@ -20,16 +20,22 @@ from trainer.parallel.memory import plain_name
 from trainer.parallel.ranks import Ranks
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that its replica may share out."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """What this rank trains of a model, by the names in the package."""
+    named = {name: p for part in parts for name, p in part.named_parameters() if p.requires_grad}
+    return {plain_name(name): parameter for name, parameter in named.items()}
 
 
 class LocalSgd:
     """The outer optimizer over the `parameters` of this rank, by name; `group` has this rank's like in every replica."""
 
     def __init__(
-        self, parameters: dict[str, Tensor], *, config: LocalSgdConfig, group: dist.ProcessGroup, replicas: int
+        self, parameters: dict[str, Tensor], *, config: LocalSgdConfig, group: dist.ProcessGroup | None, replicas: int
     ) -> None:
         self._config, self._group, self._replicas = config, group, replicas
         self._names = [list(part) for part in _parted(list(parameters), config.fragments)]
@@ -44,14 +50,12 @@ class LocalSgd:
 
     @classmethod
     def of(cls, config: LocalSgdConfig | None, parts: Sequence[nn.Module], ranks: Ranks) -> "LocalSgd | None":
-        """Over what this rank trains of a model; None where replicas do not train apart."""
+        """Over the replicas of this launch; None where they do not train apart."""
         if config is None:
             return None
         assert ranks.mesh is not None
-        named = {n: p for part in parts for n, p in part.named_parameters() if p.requires_grad}
-        parameters: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in named.items()}
         group = ranks.mesh["dp_replicate"].get_group()
-        return cls(parameters, config=config, group=group, replicas=ranks.replicas)
+        return cls(trained(parts), config=config, group=group, replicas=ranks.replicas)
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs, as it lies in memory; a fragment that travels is awaited, not applied."""
@@ -66,38 +70,59 @@ class LocalSgd:
         named = {f"{name}/{kind}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
         return {"outer": named, "outer_sent_at": self._sent_at}
 
-    def after_step(self, done: int) -> None:
-        """Sends the fragments that are due when `done` steps are, and takes in those that are to have arrived."""
+    def join(self, step: int) -> int:
+        """Before the first step of a start; returns the step to go on from."""
+        return step
+
+    def leave(self) -> None:
+        """After the last."""
+
+    def after_step(self, done: int) -> int:
+        """Sends the fragments that are due when `done` steps are, and takes in those that are to have arrived.
+
+        Returns the steps that this replica has done now.
+        """
         for fragment in range(len(self._names)):
-            offset = fragment * self._config.every_steps // len(self._names)
-            if done > offset and (done - offset) % self._config.every_steps == 0:
+            if self._is_due(fragment, done):
                 self._send(fragment, done)
             if 0 <= int(self._sent_at[fragment]) <= done - self._config.overlap_steps:
                 self._take_in(fragment)
+        return done
 
-    def finish(self, done: int) -> None:
+    def finish(self, done: int) -> int:
         """Takes in what travels and averages everything once more: all replicas end with the same weights."""
         for fragment in range(len(self._names)):
             if self._sent_at[fragment] >= 0:
                 self._take_in(fragment)
             self._send(fragment, done)
             self._take_in(fragment)
+        return done
+
+    def _is_due(self, fragment: int, done: int) -> bool:
+        offset = fragment * self._config.every_steps // len(self._names)
+        return done > offset and (done - offset) % self._config.every_steps == 0
 
     def _send(self, fragment: int, done: int) -> None:
-        names = self._names[fragment]
-        for name in names:
-            _local(self._when_sent[name]).copy_(_local(self._parameters[name]))
-        come = [(_local(self._before[name]) - _local(self._when_sent[name])).flatten() for name in names]
-        bucket = torch.cat(come)
+        bucket = self._how_far(fragment)
         work = dist.all_reduce(bucket, group=self._group, async_op=True)
         assert work is not None
         self._travelling[fragment] = (work, bucket)
         self._sent_at[fragment] = done
 
+    def _how_far(self, fragment: int) -> Tensor:
+        """From the weights before to those of now, flat; now is noted."""
+        names = self._names[fragment]
+        for name in names:
+            local(self._when_sent[name]).copy_(local(self._parameters[name]))
+        return torch.cat([(local(self._before[name]) - local(self._when_sent[name])).flatten() for name in names])
+
     def _await(self, fragment: int) -> None:
         work, bucket = self._travelling.pop(fragment)
         work.wait()
-        sums = [_local(self._sums[name]) for name in self._names[fragment]]
+        self._note_sum(fragment, bucket)
+
+    def _note_sum(self, fragment: int, bucket: Tensor) -> None:
+        sums = [local(self._sums[name]) for name in self._names[fragment]]
         for total, part in zip(sums, bucket.split([total.numel() for total in sums]), strict=True):
             total.copy_(part.view_as(total))
 
@@ -108,7 +133,7 @@ class LocalSgd:
         rate, keep = self._config.outer_lr, self._config.outer_momentum
         for name in self._names[fragment]:
             tensors = (self._sums, self._momentum, self._before, self._parameters, self._when_sent)
-            total, momentum, before, parameter, when_sent = (_local(each[name]) for each in tensors)
+            total, momentum, before, parameter, when_sent = (local(each[name]) for each in tensors)
             gradient = total / self._replicas
             momentum.mul_(keep).add_(gradient)
             before.sub_(gradient + keep * momentum, alpha=rate)

@@ -16,8 +16,9 @@ class Progress:
     """Numbers of batches, in order, that are never to be trained on."""
     loss_mean: float | None = None
 
-    def advance(self, loss: float) -> None:
-        self.step += 1
+    def advance(self, loss: float, *, step: int) -> None:
+        """A step was made with that mean loss, and the run is at `step` now."""
+        self.step = step
         self.loss_mean = loss if self.loss_mean is None else _MEMORY * self.loss_mean + (1 - _MEMORY) * loss
 
     def batch_of(self, step: int) -> int:

@@ -19,7 +19,7 @@ def training_state(
 
     Replicas that train apart have each their own; `more` is saved beside.
     """
-    _prepare_moments(optimizer)
+    prepare_moments(optimizer)
     weights, moments = {}, {}
     for part in parts:
         for name, parameter in part.named_parameters():
@@ -30,7 +30,7 @@ def training_state(
     return {f"replica-{ranks.replica}": own} if ranks.independent_replicas else own
 
 
-def _prepare_moments(optimizer: torch.optim.Optimizer) -> None:
+def prepare_moments(optimizer: torch.optim.Optimizer) -> None:
     """Optimizers make their moments in the first step: this one has no gradient and no rate, and changes nothing."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if optimizer.state or not parameters:

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from trainer.errors import Failed, Interrupted, StopSignal
 from trainer.export import Read, export_package
 from trainer.files import digest_of, read_json
 from trainer.history import History
+from trainer.launches import MeetingSgd, which_replica
 from trainer.layout import Layout, fit_dataset, layout_of
-from trainer.local_sgd import LocalSgd
+from trainer.local_sgd import LocalSgd, trained
 from trainer.log import Log
 from trainer.model import Decoder
 from trainer.optim import learning_rate, make_optimizer
@@ -83,7 +85,9 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
     """Joins the ranks, trains, and leaves them; a rank that has gone is told as that."""
     # Of a hang the watchdog is to know first, because it tells the stacks.
     patience_s = 2 * config.recover.hang_timeout_s
-    ranks = join_ranks(layout, independent_replicas=config.local_sgd is not None, timeout_s=patience_s)
+    local = config.local_sgd
+    launch, together = (which_replica(local), False) if local and local.launches else (0, local is not None)
+    ranks = join_ranks(layout, independent_replicas=together, launch=launch, timeout_s=patience_s)
     try:
         with Probe(run, rank=ranks.rank, device=ranks.device, log=more["log"]) as probe:
             _train(config, dataset, run, ranks=ranks, probe=probe, **more)
@@ -123,15 +127,16 @@ def _train(
         seed=config.seed,
         document_mask=config.document_mask,
     )
-    apart = {"replicas": ranks.replicas} if config.local_sgd else {}  # each has a state of its own
-    identity = digest_of(
-        {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2, **apart}
-    )
+    made_of = {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2}
+    # Replicas that train apart have each a state of its own.
+    apart = {"replicas": ranks.replicas, "launch": ranks.launch} if config.local_sgd else {}
+    identity = digest_of({**made_of, **apart})
     checkpoints = Checkpoints(storage, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
     outputs = dataset.vocab_size if labels is None else labels
     reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=cursor, log=log)
     traffic = Traffic(every_steps=config.look_at_traffic_every_steps, registry=reports.metrics.registry, log=log)
-    outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
+    made_of |= {"layout": asdict(ranks.layout)} if ranks.layout else {}
+    outer = _outer_of(config, laid, optimizer, ranks=ranks, made_of=made_of, watchdog=watchdog, log=log)
 
     def more() -> dict[str, Any]:
         return outer.state() if outer else {}
@@ -139,6 +144,8 @@ def _train(
     progress = checkpoints.load_newest(laid.parts, optimizer, **more()) or Progress()
     if progress.step:
         log.emit("resumed", stage="train", step=progress.step)
+    if outer:
+        progress.step = outer.join(progress.step)
     reports.begin(progress.step)
     skips = 0
 
@@ -163,9 +170,9 @@ def _train(
                     stop=stop,
                     most=_most_bearable(config, progress),
                 )
+                done = progress.step + 1
                 if outer:
-                    done = progress.step + 1
-                    outer.after_step(done) if done < config.steps else outer.finish(done)
+                    done = outer.after_step(done) if done < config.steps else outer.finish(done)
         except BadStep as error:
             skips += 1
             if config.recover.bad_step == "stop" or skips > config.recover.max_skips:
@@ -174,8 +181,7 @@ def _train(
             log.emit("went_back", level="warning", step=progress.step, skipped=progress.skipped, message=str(error))
             reports.begin(progress.step)
             continue
-        progress.advance(loss)
-        done = progress.step
+        progress.advance(loss, step=done)
         reports.step_done(done, loss=loss, lr=lr, grad_norm=norm, seconds=time.monotonic() - step_began_s)
 
         last = stopping or done == config.steps
@@ -184,6 +190,8 @@ def _train(
             checkpoints.save(progress, laid.parts, optimizer, **more())
         if last:
             checkpoints.wait()
+        if last and outer:
+            outer.leave()
         checkpoints.poll()
         reports.checkpointed(checkpoints.saved_step, seconds=checkpoints.seconds)
         if stopping and done < config.steps:
@@ -195,6 +203,17 @@ def _train(
         model, read = _whole_model(config, dataset, laid, storage.url(config.steps), ranks=ranks)
         _finish(config, dataset, run, model=model, read=read, origin=origin, history=reports.history)
     ranks.barrier()
+
+
+def _outer_of(
+    config: TrainConfig, laid: Laid, optimizer: torch.optim.Optimizer, *, made_of: dict[str, Any], **more: Any
+) -> LocalSgd | None:
+    """What averages replicas that train apart; those that are launches of their own meet if they are made of the same."""
+    if config.local_sgd is None or config.local_sgd.launches is None:
+        return LocalSgd.of(config.local_sgd, laid.parts, more["ranks"])
+    timeout_s, purpose = config.recover.hang_timeout_s, digest_of(made_of)
+    more |= {"optimizer": optimizer, "config": config.local_sgd, "purpose": purpose, "timeout_s": timeout_s}
+    return MeetingSgd(trained(laid.parts), **more)
 
 
 def _most_bearable(config: TrainConfig, progress: Progress) -> float:

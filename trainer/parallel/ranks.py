@@ -27,6 +27,8 @@ class Ranks:
     cp_mesh: DeviceMesh | None = None
     independent_replicas: bool = False
     """Gradients stay in their replica, for local SGD to average weights later."""
+    launch: int = 0
+    """Which of the layout's launches this world is."""
 
     @property
     def first(self) -> bool:
@@ -42,9 +44,12 @@ class Ranks:
 
     @property
     def dp_rank(self) -> int:
-        if self.layout is None or self.mesh is None:
+        if self.layout is None:
             return self.rank
-        return self.replica * self.layout.dp_shard + self._of("fsdp") // self.layout.cp
+        before = self.launch * self.layout.dp // self.layout.launches
+        if self.mesh is None:
+            return before + self.rank
+        return before + self.replica * self.layout.dp_shard + self._of("fsdp") // self.layout.cp
 
     @property
     def replicas(self) -> int:
@@ -95,7 +100,7 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join_ranks(layout: Layout, *, independent_replicas: bool = False, timeout_s: float) -> Ranks:
+def join_ranks(layout: Layout, *, independent_replicas: bool = False, launch: int = 0, timeout_s: float) -> Ranks:
     """Joins the group that torchrun describes in the environment and takes a place in `layout`.
 
     Without torchrun it is a world of one. A collective that waits longer than `timeout_s` fails.
@@ -113,13 +118,13 @@ def join_ranks(layout: Layout, *, independent_replicas: bool = False, timeout_s:
         store = store_of_this_start(store, rank=rank, world=world)
         device_id = device if cuda else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
-    return place(layout, rank=rank, device=device, independent_replicas=independent_replicas)
+    return place(layout, rank=rank, device=device, independent_replicas=independent_replicas, launch=launch)
 
 
-def place(layout: Layout, *, rank: int, device: torch.device, independent_replicas: bool) -> Ranks:
+def place(layout: Layout, *, rank: int, device: torch.device, independent_replicas: bool, launch: int = 0) -> Ranks:
     """This rank's place in a layout of the group that it is in."""
     if layout.replicated_only and not independent_replicas:
-        return Ranks(rank=rank, world=layout.world, device=device, layout=layout)
+        return Ranks(rank=rank, world=layout.world, device=device, layout=layout, launch=launch)
     shape = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     cp_mesh = None
@@ -134,4 +139,5 @@ def place(layout: Layout, *, rank: int, device: torch.device, independent_replic
         mesh=mesh,
         cp_mesh=cp_mesh,
         independent_replicas=independent_replicas,
+        launch=launch,
     )

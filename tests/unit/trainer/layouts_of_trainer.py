@@ -99,7 +99,7 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
                 progress.step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
             )
         found.append((loss, norm))
-        progress.advance(loss)
+        progress.advance(loss, step=progress.step + 1)
         if outer:
             outer.after_step(progress.step) if progress.step < STEPS else outer.finish(progress.step)
         if progress.step == test.get("save_at"):

@@ -1,0 +1,81 @@
+"""Nodes come and go under torchrun: the ranks start again with those that are there, and the batch stays what it was."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from programs_of_trainer import TRAIN, program_environment
+
+from trainer.config import TrainConfig
+from trainer.errors import StopSignal
+from trainer.train import train
+
+CONFIG = {**TRAIN, "steps": 120, "checkpoint": {"every_steps": 20}}
+
+
+def node(endpoint: str, dataset: Path, directory: Path) -> subprocess.Popen[str]:
+    """The launcher of one node with one rank; it and its rank are a process group of their own."""
+    flags = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
+    flags += [f"--rdzv-endpoint={endpoint}", "--rdzv-conf=last_call_timeout=8,keep_alive_interval=1"]
+    words = ["--config", str(directory / "train.yaml"), f"data={dataset}", f"run={directory / 'run'}"]
+    command = [sys.executable, "-m", "trainer.launch", *flags, "--", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=program_environment(), start_new_session=True, **pipes)
+
+
+def keeps_the_store(process: subprocess.Popen[str], endpoint: str) -> bool:
+    """The first node to come keeps the store of the rendezvous: it is not the one to do without."""
+    listening = (each.laddr for each in psutil.Process(process.pid).net_connections() if each.status == "LISTEN")
+    return int(endpoint.split(":")[1]) in {address.port for address in listening}
+
+
+def kill_node(process: subprocess.Popen[str]) -> None:
+    """As when its machine loses power: launcher and rank (which has a session of its own) at once."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def rows(run: Path) -> list[dict]:
+    log = run / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_done_without_and_the_losses_are_those_of_one_process(dataset, tmp_path):
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(CONFIG))
+    with socket.socket() as picked:
+        picked.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{picked.getsockname()[1]}"
+    nodes = [node(endpoint, dataset, tmp_path) for _ in range(2)]
+    while len(rows(tmp_path / "run")) < 25:
+        assert all(process.poll() is None for process in nodes), [process.communicate() for process in nodes]
+        time.sleep(0.01)
+    first, second = sorted(nodes, key=lambda process: not keeps_the_store(process, endpoint))
+    kill_node(second)
+    said, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, said
+    events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    resumed = [event["step"] for event in events if event["event"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] >= 20
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == list(range(1, 121))
+    ranks = [row["tokens_per_s"] / row["tokens_per_s_per_rank"] for row in (found[0], found[-1])]
+    assert ranks == pytest.approx([2, 1], rel=0.05)
+
+    torch.set_num_threads(1)
+    train(TrainConfig.model_validate(CONFIG), data=dataset, run=tmp_path / "one", stop=StopSignal())
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(
+        [row["loss"] for row in rows(tmp_path / "one")], rel=1e-3
+    )
