@@ -94,9 +94,10 @@ def model_registry(platform: Platform) -> ModelRegistryArgs:
 def image(platform: Platform, package: Package) -> BuiltImageArgs:
     opened = opened_urls(platform.stack)
     users = ("data", "train", "promote") if package == "trainer" else ("serve",)
-    sinks = platform.stack.training.sinks if platform.stack.training and package == "trainer" else ()
+    training = platform.stack.training if package == "trainer" else None
+    wanted = (*training.sinks, *(["lm_eval"] if training.evaluate.asks_harness else [])) if training else ()
     urls = tuple(url for user in users for url in opened[user])
-    return BuiltImageArgs(images=platform.stack.images, package=package, urls=urls, packages=tuple(map(str, sinks)))
+    return BuiltImageArgs(images=platform.stack.images, package=package, urls=urls, packages=wanted)
 
 
 def stages(platform: Platform, trainer: Image) -> Stages:

@@ -8,11 +8,10 @@ def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
     """Component → URLs that its pods open; volumes and directories are not among them."""
     training = stack.training
     corpora = [source for _, source in training.data.sources if isinstance(source, Located)] if training else []
-    questions = training.evaluate.tasks if training else ()
     urls = {
         "data": tuple(corpus.path for corpus in corpora),
         "train": (training.checkpoint.url,) if training else (),
-        "promote": (stack.registry.url, *(task.path for task in questions)) if training else (),
+        "promote": (stack.registry.url, *training.evaluate.urls) if training else (),
         "serve": (stack.registry.url,) if stack.services else (),
         "router": (),
         "keep": (),

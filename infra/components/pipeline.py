@@ -83,7 +83,7 @@ def pipeline(
         publish=publish,
         data_places=places_of([*(s for _, s in training.data.sources if isinstance(s, Located)), *tune]),
         train_places=places_of(tune),
-        evaluate_places=places_of(training.evaluate.tasks),
+        evaluate_places=places_of(training.evaluate.located.values()),
         data_words=(*data_words, *base_words),
         train_words=(*base_words, *_checkpoints(training, train_digest)),
         evaluate_words=evaluate_words,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Misplaced, Name, PositiveFloat, PositiveInt, Spec
+from infra.spec.base import Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from infra.spec.data import Located
 
 Baseline = Literal["unigram", "trigram", "kneser_ney_5"]
@@ -44,7 +44,43 @@ class ExactMatch(Located):
     """Length of an answer."""
 
 
-Questions = Annotated[MultipleChoice | ExactMatch, Field(discriminator="kind")]
+class Harness(Spec):
+    """A task of lm-evaluation-harness: its own, whose data it fetches from the Hugging Face hub, or one described in `path`."""
+
+    kind: Literal["lm_eval"]
+    """As the harness asks and counts."""
+    name: Name
+    """What the report and the gate call it."""
+    task: str
+    """What the harness calls it: `arc_easy`."""
+    path: str | None = Field(default=None, min_length=1)
+    """Folder with a YAML description of the task and its data, of this machine or in `volume_claim`; null: the harness's own."""
+    volume_claim: Name | None = None
+    """PersistentVolumeClaim of the namespace in which `path` lies."""
+    metric: str = "acc"
+    """A metric of the task that is a share of right answers."""
+    few_shot: NonNegativeInt = 0
+    """Examples before each question."""
+    max_rows: PositiveInt = 1000
+    """Questions at most."""
+
+    @model_validator(mode="after")
+    def _is_a_folder(self) -> Self:
+        if self.place is not None and self.place.url:
+            raise Misplaced(f"{self.path!r} is a URL, and the harness reads a folder; name a volume_claim", "path")
+        if self.volume_claim and self.path is None:
+            raise Misplaced("a volume, and no path in it; give `path`", "volume_claim")
+        return self
+
+    @property
+    def place(self) -> Located | None:
+        """Where the description lies, if anywhere."""
+        return None if self.path is None else Located(path=self.path, volume_claim=self.volume_claim)
+
+
+Questions = Annotated[MultipleChoice | ExactMatch | Harness, Field(discriminator="kind")]
+HUB = "https://huggingface.co"
+"""Where the harness's own tasks have their data."""
 
 
 class Evaluate(Spec):
@@ -56,6 +92,23 @@ class Evaluate(Spec):
     """A completion to show."""
     tasks: tuple[Questions, ...] = ()
     """Questions whose accuracy is measured too."""
+
+    @property
+    def located(self) -> dict[str, Located]:
+        """Questions that lie somewhere, by the name of their task."""
+        places = {task.name: task.place if isinstance(task, Harness) else task for task in self.tasks}
+        return {name: place for name, place in places.items() if place}
+
+    @property
+    def asks_harness(self) -> bool:
+        """Whether lm-evaluation-harness has to be installed."""
+        return any(isinstance(task, Harness) for task in self.tasks)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """What is opened over the network."""
+        fetches = any(isinstance(task, Harness) and not task.path for task in self.tasks)
+        return (*(place.url for place in self.located.values() if place.url), *((HUB,) if fetches else ()))
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:

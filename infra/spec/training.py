@@ -138,7 +138,7 @@ class Training(Spec):
         """All that lies somewhere, by its key in the stack file."""
         found = {f"training.data.{'.'.join(map(str, keys))}": source for keys, source in self.data.sources}
         places: dict[str, Located] = {key: source for key, source in found.items() if isinstance(source, Located)}
-        places |= {f"training.evaluate.tasks.{task.name}": task for task in self.evaluate.tasks}
+        places |= {f"training.evaluate.tasks.{name}": place for name, place in self.evaluate.located.items()}
         return places | ({"training.base": self.base} if self.base else {})
 
     @model_validator(mode="after")

@@ -176,6 +176,20 @@ def test_questions_are_mounted_for_the_evaluation_and_named_by_the_gate(
     assert "promote-reaches-object-store" in objects.names("NetworkPolicy")
 
 
+def test_tasks_of_the_harness_are_fetched_or_lie_in_a_volume(
+    told: Callable[..., Told], rendered: Callable[..., Objects]
+) -> None:
+    tasks = [
+        {"kind": "lm_eval", "name": "arc", "task": "arc_easy", "metric": "acc_norm", "few_shot": 2},
+        {"kind": "lm_eval", "name": "own", "task": "ours", "path": "tasks", "volume_claim": "questions"},
+    ]
+    values = {"training.evaluate.tasks": tasks, "training.gate.min_accuracy": {"own": 0.2}}
+    arc, own = told("dev", values).read("evaluate").tasks
+    assert (arc.task, arc.metric, arc.few_shot, arc.path) == ("arc_easy", "acc_norm", 2, None)
+    assert own.path == "/from/questions/tasks"
+    assert "promote-reaches-object-store" in rendered("dev", values).names("NetworkPolicy")
+
+
 SHAPE: Json = {"layers": 2, "hidden": 96, "heads": 4, "kv_heads": 2, "ffn": 256, "max_context": 128}
 TUNED: Json = {
     "training.base": {"path": "llama", "volume_claim": "models", "shape": "llama3-8b"},
