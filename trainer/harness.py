@@ -34,7 +34,7 @@ def measure_with_harness(task: HarnessTask, decoder: Decoder, tokenizer: Tokeniz
         found: Any = simple_evaluate(
             _as_model(decoder, tokenizer),
             tasks=[task.task],
-            task_manager=TaskManager(include_path=task.path),
+            task_manager=TaskManager(include_path=task.path, include_defaults=task.path is None),
             num_fewshot=task.few_shot,
             limit=task.max_rows,
             bootstrap_iters=0,
