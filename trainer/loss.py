@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100
 """A target that does not count: PyTorch's own number for it."""
 
-LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Of a CPU as many as its caches hold; of a GPU 256 MiB in float32."""
 
 
