@@ -24,6 +24,9 @@ clean: .venv/installed ## `down`, and remove datasets, checkpoints and the regis
 test: .venv/dev lint ## Set up, check style, types and imports, run all tests
 	@$(BIN)/pytest -n 2 --dist loadfile
 
+e2e: .venv/dev ## Run the stories of a real Kubernetes on this machine (Debian, root, Go; or Docker; or a kubeconfig)
+	@$(BIN)/pytest tests/e2e
+
 lint: .venv/dev ## Style, types, and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
