@@ -10,6 +10,8 @@ from infra.spec import Stack
 GIB = 2**30
 CHECKPOINT_BYTES = 12
 """A parameter in a checkpoint: the fp32 weight and two moments of AdamW."""
+OUTER_BYTES = 16
+"""More of it under local SGD: weights at the last meeting and when sent, momentum, the sum of a fragment that travels."""
 PACKAGE_BYTES = 4
 """A parameter in a model package."""
 
@@ -22,7 +24,10 @@ def checkpoints_fit(stack: Stack, plan: Plan) -> Iterator[Finding]:
     saved = min(training.checkpoint.keep + 1, -(-training.steps // training.checkpoint.every_steps))
     if training.checkpoint.url:
         saved = 0
-    needed = run.parameters * (saved * CHECKPOINT_BYTES + PACKAGE_BYTES) / GIB
+    # Under local SGD each replica has weights, moments and an outer state of its own.
+    replicas = run.replicas if training.local_sgd else 1
+    each = replicas * (CHECKPOINT_BYTES + (OUTER_BYTES if training.local_sgd else 0))
+    needed = run.parameters * (saved * each + PACKAGE_BYTES) / GIB
     if needed > stack.storage.runs_gib:
         yield Finding(
             code="SLW205",

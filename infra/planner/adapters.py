@@ -1,4 +1,4 @@
-"""What LoRA changes of a training run: how little is trained, what is kept all the same."""
+"""What LoRA and local SGD change of a training run: how little is trained, what is kept, how seldom replicas speak."""
 
 from dataclasses import replace
 
@@ -28,8 +28,20 @@ def trained_parameters(training: Training) -> int | None:
     return model.layers * lora.rank * sum(ends[target] for target in set(lora.targets))
 
 
+def outer_bytes(training: Training) -> float:
+    """Bytes that local SGD keeps for a parameter that is trained: weights at the last meeting and when sent, momentum, the sum that
+    arrived, all fp32; and of one fragment how far it came (DiLoCo, Douillard et al. 2023 and 2025)."""
+    return 0.0 if training.local_sgd is None else 16 + 4 / training.local_sgd.fragments
+
+
 def adapted(run: Run, training: Training) -> Run:
-    """`run` as `training.lora` has it. An adapter keeps the input of its matrix, so that activations are those of full training."""
+    """`run` as `training.lora` and `training.local_sgd` have it.
+
+    An adapter keeps the input of its matrix, so that activations are those of full training.
+    """
+    if training.local_sgd:
+        states = replace(run.states, moments=run.states.moments + outer_bytes(training))
+        run = replace(run, states=states, meets_every_steps=training.local_sgd.every_steps)
     trained = trained_parameters(training)
     if trained is None:
         return run

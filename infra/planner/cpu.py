@@ -4,7 +4,7 @@ A laptop's run is small, so that Python's and torch's own pages weigh as much as
 """
 
 from infra.catalog import Instance
-from infra.planner.adapters import trained_parameters
+from infra.planner.adapters import outer_bytes, trained_parameters
 from infra.planner.estimate import GIB, Estimate, total
 from infra.planner.shape import Shape
 from infra.spec import Training
@@ -25,7 +25,8 @@ def memory(training: Training) -> Estimate:
     model, tokens = training.shape, training.micro_batch * training.seq
     n = Shape.of(model, vocab_size=training.data.vocab_size).parameters
     trained = trained_parameters(training)
-    state = n * STATE_BYTES if trained is None else 4 * n + trained * STATE_BYTES
+    each = STATE_BYTES + outer_bytes(training)
+    state = n * each if trained is None else 4 * n + trained * each
     layer = tokens * model.hidden * (18 + 4 * model.ffn / model.hidden) * 2
     return total(
         "GiB",

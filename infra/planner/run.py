@@ -137,6 +137,8 @@ class Run:
     """Parameters that are trained; None: all. LoRA trains few, and the frozen ones keep only their weights."""
     frozen_bytes: float = 2
     """Bytes of a frozen weight between steps."""
+    meets_every_steps: int = 1
+    """Steps between two at which replicas exchange anything: above 1 under local SGD."""
     adapters_keep_inputs: bool = False
     """The input of every matrix is kept for its adapter's gradient: activations as in training the whole."""
 

@@ -215,6 +215,8 @@ def _exposed(run: Run, *, layer: LayerTime, layers: float, gpu: Gpu, node: int) 
         replicas, replica_stride, share = layout.dp * layout.fsdp * layout.cp, stride, 1
     if replicas > 1:
         parameters = (layers * local_block(run) + shape.embedding / layout.tp) / share
+        if run.trained is not None:
+            parameters = run.trained / layout.pp / layout.tp / share
         group = Group(size=replicas, stride=min(replica_stride, node), node=node)
         buckets = max(parameters * run.reduce_bytes / DDP_BUCKET_BYTES, 1)
         size = parameters * run.reduce_bytes / buckets
@@ -225,7 +227,10 @@ def _exposed(run: Run, *, layer: LayerTime, layers: float, gpu: Gpu, node: int) 
         else:
             each = collective_s("all_reduce", message_bytes=size, gpu=gpu, group=group)
         last_backward = layers * (layer.backward + layer.again + layer.tp)
-        exposed += _not_hidden(buckets * each, last_backward, overlap=run.kernels.overlap_dp)
+        if run.meets_every_steps > 1:  # apart, and then with nothing beside it
+            exposed += buckets * each / run.meets_every_steps
+        else:
+            exposed += _not_hidden(buckets * each, last_backward, overlap=run.kernels.overlap_dp)
     return exposed
 
 

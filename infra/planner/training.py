@@ -33,6 +33,8 @@ class TrainingPlan:
     name: str
     pool: str
     ranks: int
+    replicas: int
+    """Copies of the model among the ranks."""
     layout: str
     """`dp 16`, `fsdp 8 · tp 2`: how the ranks share the work."""
     parameters: int
@@ -122,7 +124,8 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
     """Estimate a run on `training.nodes` nodes of `pool`. Raises ValueError for a layout that cannot be."""
     ranks = training.nodes * ranks_per_node(training, instance)
     tokens = training.steps * training.global_batch * training.seq
-    layout = describe(checked_layout(training, ranks=ranks))
+    checked = checked_layout(training, ranks=ranks)
+    layout = describe(checked)
     if instance.gpu is None:
         speed = cpu.tokens_per_s(training, instance=instance)
         why = f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)"
@@ -144,6 +147,7 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         name=training.name,
         pool=pool.name,
         ranks=ranks,
+        replicas=checked.dp,
         layout=layout,
         parameters=Shape.of(training.shape, vocab_size=training.data.vocab_size).parameters,
         tokens=tokens,

@@ -16,7 +16,7 @@ from infra.components.pipeline import pipeline
 from infra.planner import plan
 from infra.planner.run import Layout
 from infra.planner.trainable import obstacle
-from infra.planner.training import plan_training
+from infra.planner.training import TrainingPlan, plan_training
 from infra.render import run
 from infra.spec import Data, Evaluate, Gate, ModelShape, Optim, StackError, Training, load
 from infra.spec.learning import Recover
@@ -241,6 +241,19 @@ def test_adapters_need_less_memory_than_the_whole(changed: Callable[..., Path]) 
     assert adapters.memory.parts[state] == pytest.approx(expected, rel=0.01)
     assert adapters.memory.value < 0.5 * whole.memory.value
     assert adapters.step.value < whole.step.value
+
+
+def test_replicas_that_train_apart_keep_more_and_send_less(changed: Callable[..., Path]) -> None:
+    def planned(values: Json) -> TrainingPlan:
+        found = plan(load(changed("prod", values))).training
+        assert found
+        return found
+
+    together, apart = planned({}), planned({"training.local_sgd": {"every_steps": 100}})
+    state = "weights, gradients, optimizer"
+    # Four copies of the weights, and of the one fragment how far it came: 20 bytes beside the 16 of AdamW in fp32.
+    assert apart.memory.parts[state] / together.memory.parts[state] == pytest.approx((16 + 20) / 16, rel=0.01)
+    assert apart.step.parts["gradients and weights"] < 0.2 * together.step.parts["gradients and weights"]
 
 
 def test_the_rest_of_the_trainers_keys_are_said_as_they_are(told: Callable[..., Told]) -> None:
