@@ -31,6 +31,7 @@ class AdapterShelf:
     def __init__(self, settings: Settings, *, model: str, on_gone: Callable[[AdapterRef], None]) -> None:
         """`on_gone` hears of what is served no more. Raises `Refused` for a source or a name that cannot be."""
         self._model, self._poll_s, self._on_gone = model, settings.poll_s, on_gone
+        self._engine = settings.engine
         self._config: ModelConfig | None = None  # of the model that is served; None while there is none
         self._sources: dict[str, Package | Channel] = {}
         self._tried: dict[str, Package | None] = {}  # not tried again: the same bytes would be refused again
@@ -109,6 +110,8 @@ class AdapterShelf:
             self._on_gone(old.ref)
 
     def _resolve(self, name: str, source: str) -> Package | Channel:
+        if self._engine == "onnx":
+            raise Refused("an ONNX graph takes no adapters", where=name, fix="Serve with --engine torch")
         if name == self._model or not ADAPTER_NAME.fullmatch(name):
             what = f"an adapter cannot be named '{name[:200]}'"
             raise Refused(what, where=source, fix=f"Use letters, digits, '.', '_' and '-', and not '{self._model}'")

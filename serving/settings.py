@@ -15,8 +15,8 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NOT_ONNX = (
     "dtype", "quantize", "speculate_tokens", "kv_bytes", "kv_spill", "adapters", "adapters_dir", "tensor_parallel_size",
 )  # fmt: skip
-# What is kept or read by one process alone.
-NOT_SPLIT = ("kv_spill", "adapters", "adapters_dir")
+# What one process keeps for itself alone.
+NOT_SPLIT = ("kv_spill",)
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

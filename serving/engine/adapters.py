@@ -14,12 +14,19 @@ from torch import Tensor
 
 from serving.engine.messages import AdapterRef
 from serving.engine.scheduler import Scheduled
-from serving.engine.sequence import Sequence
 from serving.errors import Refused
 from serving.model.adapter import read_adapter
 from serving.model.config import ModelConfig
 from serving.model.llama import Llama
 from serving.model.lora import Groups, Lora, attach, read_lora
+from serving.model.shard import Shard
+
+
+class HasAdapter(Protocol):
+    """A sequence, or what another rank knows of one."""
+
+    @property
+    def adapter(self) -> AdapterRef | None: ...
 
 
 class Adapting(Protocol):
@@ -43,14 +50,14 @@ class Adapters:
         self._users: Counter[AdapterRef] = Counter()  # admitted sequences
         self.loads = self.evictions = 0
 
-    def fits(self, seq: Sequence) -> bool:
+    def fits(self, seq: HasAdapter) -> bool:
         """Whether the sequence's adapter is here, or there is room for it once those that nobody uses are gone."""
         ref = seq.adapter
         if ref is None or ref in self._here or not self._users:
             return True
         return len(self._users) < self._max_count and self._bytes([*self._users, ref]) <= self._max_bytes
 
-    def acquire(self, seq: Sequence) -> None:
+    def acquire(self, seq: HasAdapter) -> None:
         """Keeps the adapter of a sequence that `fits` here until `release`. Raises `Refused`."""
         ref = seq.adapter
         if ref is None:
@@ -68,7 +75,7 @@ class Adapters:
         self._here.move_to_end(ref)
         self._users[ref] += 1
 
-    def release(self, seq: Sequence) -> None:
+    def release(self, seq: HasAdapter) -> None:
         if seq.adapter is not None:
             self._users[seq.adapter] -= 1
             if not self._users[seq.adapter]:
@@ -91,8 +98,9 @@ class Adapters:
 
 
 class LlamaAdapting:
-    def __init__(self, model: Llama, config: ModelConfig, *, device: torch.device) -> None:
-        self.model, self.config, self.device = model, config, device
+    def __init__(self, model: Llama, config: ModelConfig, *, device: torch.device, shard: Shard) -> None:
+        """`model` may be one rank's share; `config` is the whole one's."""
+        self.model, self.config, self.device, self.shard = model, config, device, shard
         self.value_bytes = model.compute_dtype.itemsize
         self._groups: Groups | None = None  # a model that has met no adapter has no places for any, and loses no time
 
@@ -102,7 +110,8 @@ class LlamaAdapting:
             raise Refused("the adapter was changed on disk", where=str(ref.root), fix="Load it again")
         if self._groups is None:
             self._groups = attach(self.model)
-        return read_lora(file, self.config, device=self.device, dtype=self.model.compute_dtype)
+        dtype = self.model.compute_dtype
+        return read_lora(file, self.config, device=self.device, dtype=dtype, shard=self.shard)
 
     def group(self, batch: Seq[Scheduled], loras: Mapping[AdapterRef, Lora]) -> None:
         if self._groups is None:

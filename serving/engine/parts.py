@@ -100,16 +100,20 @@ def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes
     if settings.kv_spill is not None:
         space = namespace(root, layout=f"{type(pool).__name__} {loaded.dtype} {loaded.form} {BLOCK_SIZE}")
         spill = Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
-    adapting = LlamaAdapting(loaded.model, config, device=loaded.device)
     return Parts(
         runner=ModelRunner(loaded.model, pool, max_model_len=max_model_len),
         blocks=BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
-        adapters=Adapters(adapting, max_count=settings.max_adapters, max_bytes=settings.adapter_bytes),
+        adapters=adapters_of(loaded, config, settings, Shard(0, size)),
         usage=Usage(Work.of(config, form=loaded.form, dtype=loaded.dtype), peaks_of(settings, loaded.device)),
         step_tokens=STEP_TOKENS[loaded.device.type],
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
     )
+
+
+def adapters_of(loaded: Loaded, config: ModelConfig, settings: Settings, shard: Shard) -> Adapters:
+    adapting = LlamaAdapting(loaded.model, config, device=loaded.device, shard=shard)
+    return Adapters(adapting, max_count=settings.max_adapters, max_bytes=settings.adapter_bytes)
 
 
 def peaks_of(settings: Settings, device: torch.device) -> Peaks:

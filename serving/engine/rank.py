@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 
+from serving.engine.adapters import Adapters
 from serving.engine.messages import Failed
-from serving.engine.parts import Loaded, load_share, pool_of
+from serving.engine.parts import Loaded, adapters_of, load_share, pool_of
 from serving.engine.ranks import Begin, Join, Logits, Message, Store, Work, ignore_signals, meet, receive
 from serving.engine.scheduler import Scheduled
 from serving.errors import Refused
@@ -37,11 +38,13 @@ def main() -> None:
     meet(Store("127.0.0.1", told.port, told.shard.size, is_master=False), told.shard, told.settings)
     begin = inbox.get()
     assert isinstance(begin, Begin)
-    follow(loaded, head, begin, inbox)
+    follow(loaded, head, adapters_of(loaded, config, told.settings, told.shard), begin, inbox)
 
 
 @torch.inference_mode()
-def follow(loaded: Loaded, head: SplitHead, begin: Begin, inbox: "queue.SimpleQueue[Message]") -> None:
+def follow(
+    loaded: Loaded, head: SplitHead, adapters: Adapters, begin: Begin, inbox: "queue.SimpleQueue[Message]"
+) -> None:
     """Computes this rank's share of every step, for ever."""
     model, device = loaded.model, loaded.device
     pool = pool_of(loaded, num_blocks=begin.num_blocks)
@@ -51,9 +54,15 @@ def follow(loaded: Loaded, head: SplitHead, begin: Begin, inbox: "queue.SimpleQu
     while True:
         match inbox.get():
             case Work(ids, items):
-                plan = pool.plan(cast("list[Scheduled]", items))
+                batch = cast("list[Scheduled]", items)
+                for item in items:
+                    adapters.acquire(item.seq)
+                adapters.group(batch)
+                plan = pool.plan(batch)
                 positions = torch.from_numpy(plan.positions).to(device)
                 model(torch.tensor(ids, device=device), cos[positions], sin[positions], plan)
+                for item in items:
+                    adapters.release(item.seq)
             case Logits(rows):
                 head.serve(torch.empty(rows, model.config.hidden, dtype=model.compute_dtype, device=device))
             case other:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from serving.engine.attention import Plan, Pool
-from serving.engine.messages import Failed
+from serving.engine.messages import AdapterRef, Failed
 from serving.engine.scheduler import Scheduled
 from serving.errors import Refused
 from serving.model.shard import Shard
@@ -48,10 +48,11 @@ class Begin(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Of one sequence, what attention needs to know."""
+    """Of one sequence, what a rank's layers need to know."""
 
     num_computed: int
     block_table: list[int]
+    adapter: AdapterRef | None
 
 
 class Item(NamedTuple):
@@ -119,7 +120,9 @@ class RankedPool:
         self.layers, self.device = pool.layers, pool.device
 
     def plan(self, batch: Seq[Scheduled]) -> Plan:
-        items = [Item(Part(item.seq.num_computed, item.seq.block_table), item.num_tokens) for item in batch]
+        items = [
+            Item(Part(item.seq.num_computed, item.seq.block_table, item.seq.adapter), item.num_tokens) for item in batch
+        ]
         self._ranks.send(Work([token for item in batch for token in item.token_ids], items))
         return self._pool.plan(batch)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from serving.model.adapter import AdapterFile, shapes
 from serving.model.config import ModelConfig
 from serving.model.llama import Llama
+from serving.model.shard import AXIS, COLUMNS, Shard, Summed
 
 # Our layer → the checkpoint's matrices that it holds, one below the other.
 PARTS = {
@@ -86,28 +87,36 @@ def attach(model: Llama) -> Groups:
         for place in PARTS:
             parent, _, child = place.partition(".")
             owner = getattr(block, parent)
+            if isinstance(getattr(owner, child), Summed):  # a rank adds its share before the ranks add theirs up
+                owner, child = getattr(owner, child), "base"
             setattr(owner, child, LoraLinear(getattr(owner, child), f"{index}.{place}", groups))
     return groups
 
 
-def read_lora(file: AdapterFile, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Lora:
-    """The adapter's matrices, on `device`."""
+def read_lora(
+    file: AdapterFile, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, shard: Shard
+) -> Lora:
+    """The adapter's matrices, or one rank's share of them, on `device`. `config` is the whole model's."""
     by_place = {(target.layer, target.module): target for target in file.targets}
-    sizes = {module: rows for module, (rows, _) in shapes(config).items()}
     deltas: dict[str, Delta] = {}
     with safe_open(file.path, framework="pt") as tensors:
         for layer in range(config.layers):
             for place, modules in PARTS.items():
                 a, parts, start, low = [], [], 0, 0
+                split_inputs = AXIS[place] == COLUMNS
                 for module in modules:
+                    outputs, inputs = shapes(config)[module]
                     target = by_place.get((layer, module))
+                    (first, last) = shard.span(inputs if split_inputs else outputs)
+                    stop = start + (outputs if split_inputs else last - first)
                     if target is not None:
-                        a.append(tensors.get_tensor(f"{target.key}.lora_A.weight").float())
-                        b = tensors.get_tensor(f"{target.key}.lora_B.weight").float() * target.scale
-                        high = low + target.rank
-                        parts.append(Part(start, start + sizes[module], low, high, b.to(device, dtype)))
-                        low = high
-                    start += sizes[module]
+                        a_RK = tensors.get_tensor(f"{target.key}.lora_A.weight").float()
+                        b_NR = tensors.get_tensor(f"{target.key}.lora_B.weight").float() * target.scale
+                        a.append(a_RK[:, first:last] if split_inputs else a_RK)
+                        b_NR = b_NR if split_inputs else b_NR[first:last]
+                        parts.append(Part(start, stop, low, low + target.rank, b_NR.to(device, dtype)))
+                        low += target.rank
+                    start = stop
                 if parts:
                     deltas[f"{layer}.{place}"] = Delta(torch.cat(a).to(device, dtype), tuple(parts))
     return Lora(deltas)

@@ -6,12 +6,12 @@ import httpx
 import psutil
 import pytest
 from conftest import Server
-from test_serve_lifecycle import refuse
+from tiny_adapters import write_adapter
 from tiny_packages import make_package
 
+from serving.engine.engine import Engine
 from serving.errors import Refused
-from serving.model.config import ModelConfig
-from serving.model.shard import narrowed
+from serving.settings import Settings, parse
 
 ASK = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 2}
 PROMPTS = ["def main", "The quick brown fox jumps over", "x", "naïve café" * 8, "0123456789"]
@@ -34,16 +34,22 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(server: Server) -> list[dict]:
-    made = server.http.post(server.url + "/v1/completions", json={"model": "split", "prompt": PROMPTS, **ASK})
-    assert made.status_code == 200, made.text
-    return made.json()["choices"]
+    """Of the model and of its adapter."""
+    choices = []
+    for name in ("split", "one"):
+        made = server.http.post(server.url + "/v1/completions", json={"model": name, "prompt": PROMPTS, **ASK})
+        assert made.status_code == 200, made.text
+        choices += made.json()["choices"]
+    return choices
 
 
-def test_two_ranks_answer_as_one_and_die_together(package: Path, start_server) -> None:
-    alone = start_server(package).wait_ready()
+def test_two_ranks_answer_as_one_and_die_together(package: Path, tmp_path: Path, start_server) -> None:
+    write_adapter(tmp_path / "one", seed=4)
+    adapters = ("--adapters-dir", str(tmp_path))
+    alone = start_server(package, *adapters).wait_ready()
     expected = answers(alone)
     alone.process.kill()
-    server = start_server(package, "--tensor-parallel-size", "2").wait_ready()
+    server = start_server(package, "--tensor-parallel-size", "2", *adapters).wait_ready()
     for one, other in zip(answers(server), expected, strict=True):
         assert one["text"] == other["text"]
         assert one["logprobs"]["token_logprobs"] == pytest.approx(other["logprobs"]["token_logprobs"], abs=1e-3)
@@ -69,9 +75,8 @@ def test_no_rank_outlives_its_server(package: Path, start_server) -> None:
     assert server.events("error") == []
 
 
-def test_what_ranks_cannot_share_is_refused(package: Path, tmp_path: Path) -> None:
-    assert "does not divide 2 key-value heads" in refuse(package, "--port", "0", "--tensor-parallel-size", "3")
-    assert "--kv-spill" in refuse(package, "--tensor-parallel-size", "2", "--kv-spill", "1GiB")
-    config = ModelConfig.read(package / "config.json")
-    with pytest.raises(Refused, match=r"Give one of 1, 2$"):
-        narrowed(config, 4, where="here")
+def test_what_ranks_cannot_share_is_refused(package: Path) -> None:
+    with pytest.raises(Refused, match=r"3 does not divide 2 key-value heads .*Give one of 1, 2$"):
+        Engine.load(package, Settings(model=str(package), tensor_parallel_size=3))
+    with pytest.raises(Refused, match=r"--kv-spill cannot be used with --tensor-parallel-size"):
+        parse([str(package), "--tensor-parallel-size", "2", "--kv-spill", "1GiB"])
