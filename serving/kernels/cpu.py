@@ -9,7 +9,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.build import Unavailable, library
@@ -202,4 +204,19 @@ def _agrees(made: Kernels) -> bool:
         found = made.linear(x, made.pack(weight, form))
         if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
             return False
-    return True
+    return _attention_agrees(made, g)
+
+
+def _attention_agrees(made: Kernels, g: torch.Generator) -> bool:
+    """One prompt of two blocks and a half, which in the cache lie one after the other."""
+    size = made.block_tokens
+    q, k, v = torch.randn(5 * size // 2, 8, 32, generator=g).split((4, 2, 2), dim=1)
+    items, tables, slots = np.array([0, len(q), 0, 0]), np.arange(3), np.arange(len(q))
+    step = Step(
+        rows=len(q), items=items.ctypes.data, num_items=1, tables=tables.ctypes.data, slots=slots.ctypes.data,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    found = made.attend(q, k, v, torch.zeros(3, 2, 2, size * 32), step)
+    query, key, value = (t.transpose(0, 1) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return torch.allclose(found, expected.transpose(0, 1).flatten(1), atol=1e-5)

@@ -3,9 +3,12 @@
 
 Greedy answers of one length to prompts of mixed lengths, one thread for every contender, rounds interleaved so that
 a busy machine is busy for all, and new random prompts each round so that no cache helps. Medians over the rounds.
+Then what one user notices of another: how far a long prompt holds up the tokens of a stream that is running, and how
+much sooner the first token comes where somebody has sent the same beginning before.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -36,8 +39,11 @@ NEW_TOKENS = 64
 # About the size of the model that `make up` trains: 6.8 M parameters.
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "intermediate_size": 768, "max_position_embeddings": 512,
+    "intermediate_size": 768, "max_position_embeddings": 2048,
 }  # fmt: skip
+
+PREFIX, TAIL, PREFIXES = 1000, 16, 5  # tokens that prompts share, and tokens of their own
+LONG_PROMPT, LONG_PROMPTS, STREAMED = 1500, 3, 300
 
 Prompts = list[list[int]]
 
@@ -82,6 +88,63 @@ async def over_http(port: int, prompts: Prompts) -> None:
         assert b"data: [DONE]" in answer
 
     await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+
+async def token_times(port: int, prompt: list[int], *, tokens: int) -> list[float]:
+    """When each token of one streamed answer came, from the request on, in seconds."""
+    body = {"model": "bench", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    times, begin_s = [], time.perf_counter()
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    async with httpx.AsyncClient(timeout=None) as c, c.stream("POST", url, json={**body, "stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter() - begin_s)
+    return times
+
+
+def tokens_of(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(1, SHAPE["vocab_size"], (count,), generator=generator).tolist()
+
+
+async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) -> list[float]:
+    """Seconds from token to token of one stream, while others send long prompts one after another."""
+    stream = asyncio.create_task(token_times(port, tokens_of(generator, 32), tokens=STREAMED))
+    for _ in range(LONG_PROMPTS):
+        await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1)
+    times = await stream
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+async def first_tokens(port: int, generator: torch.Generator) -> tuple[list[float], list[float]]:
+    """Seconds to the first token of prompts whose beginning is new, and of others that begin alike."""
+    cold, warm = [], []
+    for _ in range(PREFIXES):
+        prefix = tokens_of(generator, PREFIX)
+        for found in (cold, warm):
+            found.append((await token_times(port, prefix + tokens_of(generator, TAIL), tokens=1))[0])
+    return cold, warm
+
+
+def between_users(port: int) -> list[dict[str, object]]:
+    generator = torch.Generator().manual_seed(1)
+    gaps = sorted(asyncio.run(long_prompts_beside_a_stream(port, generator)))
+    cold, warm = map(statistics.median, asyncio.run(first_tokens(port, generator)))
+    p99, median = gaps[int(0.99 * len(gaps))], statistics.median(gaps)
+    names = (
+        "a stream beside long prompts: 99th percentile and median",
+        f"first token, {PREFIX} shared tokens: warm and cold",
+    )
+    return [
+        {
+            "name": names[0],
+            "ours": p99 * 1e3,
+            "peer": median * 1e3,
+            "ratio": p99 / median,
+            "goal": "≤ 3",
+            "unit": "ms a token",
+        },
+        {"name": names[1], "ours": warm * 1e3, "peer": cold * 1e3, "ratio": warm / cold, "goal": "≤ 0.2", "unit": "ms"},
+    ]
 
 
 def start_server(package: Path) -> tuple[subprocess.Popen[bytes], int]:
@@ -132,15 +195,8 @@ def measure(package: Path, port: int) -> dict[str, list[float]]:
 def row(name: str, rates: dict[str, list[float]], ours: str, peer: str | None, goal: str) -> dict[str, object]:
     ratio = peer and statistics.median(a / b for a, b in zip(rates[ours], rates[peer], strict=True))
     peers = peer and statistics.median(rates[peer])
-    unit = "output tokens/s"
-    return {
-        "name": name,
-        "ours": statistics.median(rates[ours]),
-        "peer": peers,
-        "ratio": ratio,
-        "goal": goal,
-        "unit": unit,
-    }
+    own = statistics.median(rates[ours])
+    return {"name": name, "ours": own, "peer": peers, "ratio": ratio, "goal": goal, "unit": "output tokens/s"}
 
 
 def main() -> None:
@@ -149,6 +205,7 @@ def main() -> None:
         process, port = start_server(package)
         try:
             rates = measure(package, port)
+            others = between_users(port)
         finally:
             process.terminate()
             process.wait()
@@ -157,6 +214,7 @@ def main() -> None:
         row("32 at once, beside Transformers in batches of 8", rates, "engine", "transformers, batches", "≥ 1.5"),
         row("one alone, beside Transformers", rates, "engine, alone", "transformers, alone", "≥ 1"),
         row("32 at once over HTTP, beside the engine offline", rates, "server", "engine", "≥ 0.9"),
+        *others,
     ]
     out = ROOT / "build/bench/serve.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,12 @@
 """A 100M Llama on a CPU, 32 greedy requests at once: our engine, Transformers and llama.cpp's server with the same weights.
 
 Two threads for everyone; prompts of 16 to 512 and answers of 32 to 128 tokens, the same for all in a round, and new ones
-each round so that no cache helps; rounds interleaved, so that a busy machine is busy for all. Transformers runs one by
-one and in static batches of 8 (on some of the requests: its rate does not depend on how many wait) and, where it works,
-by its own continuous batching. llama.cpp takes part when LLAMA_CPP names its source with `llama-server` built in
-LLAMA_CPP_BIN (`cmake --build … --target llama-server`); its own script converts the package.
+each round so that no cache helps; rounds interleaved, so that a busy machine is busy for all. Rates are by the clock and,
+since on a busy machine the clock says little, by the processor's time. Transformers runs one by one and in static batches
+of 8 (on some of the requests: its rate does not depend on how many wait) and by its own continuous batching, llama.cpp
+with several numbers of slots; from the second round on only the best of each. Rounds end after BUDGET_S seconds.
+llama.cpp takes part when LLAMA_CPP names its source with `llama-server` built in LLAMA_CPP_BIN
+(`cmake --build … --target llama-server`); its own script converts the package.
 """
 
 import asyncio
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/unit/serving")]
 
 import httpx
+import psutil
 import torch
 from tiny_packages import make_package
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -35,9 +38,9 @@ from serving.engine.engine import Engine
 from serving.engine.messages import SamplingParams
 from serving.settings import Settings
 
-ROUNDS = int(os.environ.get("ROUNDS", "3"))
-REQUESTS, ALONE, BATCH = 32, 4, 8
-SLOTS = (8, 16, 32)  # of llama.cpp's server: each is a contender of its own
+ROUNDS, BUDGET_S = int(os.environ.get("ROUNDS", "3")), float(os.environ.get("BUDGET_S", "420"))
+REQUESTS, ALONE, BATCH = 32, 2, 8
+SLOTS = (8, 32)  # of llama.cpp's server: each is a contender of its own
 MAX_LEN = 640
 SHAPE = {
     "vocab_size": 32_000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -50,7 +53,22 @@ class Ask(NamedTuple):
     answer_tokens: int
 
 
-Work = Callable[[list[Ask]], None]
+class Contender(NamedTuple):
+    name: str
+    family: str
+    requests: int
+    work: Callable[[list[Ask]], None]
+    process: psutil.Process = psutil.Process()
+
+
+class Rate(NamedTuple):
+    """Tokens a second, by the clock and by the processor's time."""
+
+    clock: float
+    cpu: float
+
+
+Rates = dict[str, list[Rate]]
 
 
 def asks(generator: torch.Generator) -> list[Ask]:
@@ -144,63 +162,78 @@ def start_llama_cpp(gguf: Path, slots: int) -> tuple[subprocess.Popen[bytes], in
     raise RuntimeError(f"{' '.join(command)} did not become ready")
 
 
-def rate(work: Work, some: list[Ask], *, prompts: bool) -> float:
-    """Tokens a second: of the answers, or, with `prompts`, of the prompts of requests for one token."""
+def rate(contender: Contender, some: list[Ask], *, prompts: bool) -> Rate:
+    """Of the answers' tokens, or, with `prompts`, of the prompts' of requests for one token."""
     if prompts:
         some = [Ask(ask.prompt, 1) for ask in some]
-    begin = time.perf_counter()
-    work(some)
-    seconds = time.perf_counter() - begin
-    return sum(len(ask.prompt) if prompts else ask.answer_tokens for ask in some) / seconds
+    tokens = sum(len(ask.prompt) if prompts else ask.answer_tokens for ask in some)
+    begin_s, begin_cpu_s = time.perf_counter(), cpu_s(contender.process)
+    contender.work(some)
+    return Rate(tokens / (time.perf_counter() - begin_s), tokens / (cpu_s(contender.process) - begin_cpu_s))
 
 
-def measure(package: Path, dtype: str, servers: dict[str, int]) -> dict[str, list[float]]:
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def measure(package: Path, dtype: str, servers: dict[int, tuple[subprocess.Popen[bytes], int]]) -> dict[str, Rates]:
+    """Each family's contenders, with their rates in the rounds; `… prompts` for those of the prompts."""
     engine = Engine.load(package, Settings(model=str(package), dtype=dtype, max_model_len=MAX_LEN))
     reference = AutoModelForCausalLM.from_pretrained(package, dtype=getattr(torch, dtype)).eval()
     reference.generation_config.eos_token_id = None
-    contenders: dict[str, tuple[int, Work]] = {
-        "ours": (REQUESTS, lambda some: ours(engine, some)),
-        "transformers, one by one": (ALONE, lambda some: static_batches(reference, some, size=1)),
-        "transformers, batches": (BATCH, lambda some: static_batches(reference, some, size=BATCH)),
-        **{name: (REQUESTS, lambda some, port=port: llama_cpp(port, some)) for name, port in servers.items()},
-    }
-    if os.environ.get("CONTINUOUS", "1") != "0":
-        contenders["transformers, continuous"] = (REQUESTS, lambda some: continuous(reference, some))
-    generator = torch.Generator().manual_seed(0)
-    rates: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
-        work = asks(generator)
-        for name, (count, run) in [*contenders.items()]:
-            try:
-                rates.setdefault(name, []).append(rate(run, work[:count], prompts=False))
-                if name == "ours" or name in servers:
-                    rates.setdefault(f"{name}: prompts", []).append(rate(run, asks(generator), prompts=True))
-            except Exception as error:  # a contender that does not run here is told and left out
-                print(f"{name} ({dtype}) failed: {type(error).__name__} {str(error)[:200]}", file=sys.stderr)
-                del contenders[name]
-                rates.pop(name, None)
-            print(dtype, name, {k: [round(v) for v in r] for k, r in rates.items() if k.startswith(name)}, flush=True)
-    return rates
-
-
-def rows(dtype: str, rates: dict[str, list[float]]) -> list[dict[str, object]]:
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-
-    def row(name: str, mine: str, peers: list[str], goal: str, unit: str) -> dict[str, object]:
-        best = max((peer for peer in peers if peer in middle), key=lambda peer: middle[peer], default=None)
-        ratio = best and statistics.median(a / b for a, b in zip(rates[mine], rates[best], strict=True))
-        label = f"{dtype}: {name}" + (f" ({best})" if best else "")
-        peer = best and middle[best]
-        return {"name": label, "ours": middle[mine], "peer": peer, "ratio": ratio, "goal": goal, "unit": unit}
-
-    transformers = [name for name in middle if name.startswith("transformers")]
-    servers = [name for name in middle if name.startswith("llama.cpp") and ":" not in name]
-    goal = "≥ 1" if dtype == "bfloat16" else "≥ 0.75"
-    return [
-        row("beside Transformers' best", "ours", transformers, "≥ 1.5", "output tokens/s"),
-        row("beside llama.cpp's best", "ours", servers, goal, "output tokens/s"),
-        row("prompts", "ours: prompts", [f"{name}: prompts" for name in servers], "≥ 0.8", "prompt tokens/s"),
+    contenders = [
+        Contender("ours", "ours", REQUESTS, lambda some: ours(engine, some)),
+        Contender("one by one", "Transformers", ALONE, lambda some: static_batches(reference, some, size=1)),
+        Contender("batches of 8", "Transformers", BATCH, lambda some: static_batches(reference, some, size=BATCH)),
+        Contender("continuous", "Transformers", REQUESTS, lambda some: continuous(reference, some)),
     ]
+    for slots, (process, port) in servers.items():
+        work = lambda some, port=port: llama_cpp(port, some)  # noqa: E731
+        contenders.append(Contender(f"{slots} slots", "llama.cpp", REQUESTS, work, psutil.Process(process.pid)))
+    ours(engine, asks(torch.Generator().manual_seed(1))[:1])  # memory is touched, code is loaded
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Rates] = {}
+    begin_s = time.perf_counter()
+    for round_number in range(1, ROUNDS + 1):
+        some, others = asks(generator), asks(generator)
+        for contender in [*contenders]:
+            try:
+                answers = rate(contender, some[: contender.requests], prompts=False)
+                found.setdefault(contender.family, {}).setdefault(contender.name, []).append(answers)
+                if contender.family != "Transformers":
+                    prompts = rate(contender, others, prompts=True)
+                    found.setdefault(f"{contender.family} prompts", {}).setdefault(contender.name, []).append(prompts)
+            except Exception as error:  # a contender that does not run here is told and left out
+                print(f"{contender.name} ({dtype}) failed: {type(error).__name__} {str(error)[:200]}", file=sys.stderr)
+                contenders.remove(contender)
+                continue
+            print(dtype, round_number, contender.family, contender.name, *(f"{r:.0f}" for r in answers), flush=True)
+        contenders = [c for c in contenders if c.name == best(found[c.family])]
+        if (time.perf_counter() - begin_s) * (round_number + 1) / round_number > BUDGET_S / 2:
+            break
+    return found
+
+
+def best(rates: Rates) -> str:
+    return max(rates, key=lambda name: statistics.median(rate.clock for rate in rates[name]))
+
+
+def rows(dtype: str, found: dict[str, Rates]) -> list[dict[str, object]]:
+    def row(mine: str, peer: str, goal: str, unit: str, *, by: str) -> dict[str, object]:
+        name, own = best(found[peer]), [getattr(rate, by) for rate in found[mine]["ours"]]
+        others = [getattr(rate, by) for rate in found[peer][name]]
+        ratio = statistics.median(a / b for a, b in zip(own, others, strict=True))
+        label = f"{dtype}: beside {peer} ({name})"
+        values = {"ours": statistics.median(own), "peer": statistics.median(others), "ratio": ratio}
+        return {"name": label, **values, "goal": goal, "unit": unit.format("s" if by == "clock" else "CPU second")}
+
+    asked = [
+        ("ours", "Transformers", "≥ 1.5", "output tokens/{}"),
+        ("ours", "llama.cpp", "≥ 1" if dtype == "bfloat16" else "≥ 0.75", "output tokens/{}"),
+        ("ours prompts", "llama.cpp prompts", "≥ 0.8", "prompt tokens/{}"),
+    ]
+    return [row(*words, by=by) for words in asked if words[1] in found for by in ("clock", "cpu")]
 
 
 def main() -> None:
@@ -209,17 +242,16 @@ def main() -> None:
     for dtype in os.environ.get("DTYPES", "float32 bfloat16").split():
         with tempfile.TemporaryDirectory() as folder:
             package = make_package(Path(folder) / "bench", dtype=dtype, **SHAPE)
-            processes: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+            servers: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
             try:
                 gguf = convert(package, dtype, Path(source)) if source else None
                 for slots in SLOTS if gguf else ():
-                    processes[f"llama.cpp, {slots} slots"] = start_llama_cpp(gguf, slots)
-                rates = measure(package, dtype, {name: port for name, (_, port) in processes.items()})
+                    servers[slots] = start_llama_cpp(gguf, slots)
+                found += rows(dtype, measure(package, dtype, servers))
             finally:
-                for process, _ in processes.values():
+                for process, _ in servers.values():
                     process.terminate()
                     process.wait()
-        found += rows(dtype, rates)
     out = ROOT / "build/bench/serve_cpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1))
