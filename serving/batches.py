@@ -54,7 +54,8 @@ class Batch:
         return {**described, **ended, "object": "batch", "errors": None, "request_counts": counts}
 
 
-Answer = Callable[[Batch, str, Any], Awaitable[tuple[int, str, dict[str, Any]]]]  # → (status, request id, body)
+Answered = tuple[int, str, dict[str, Any]]  # status, request id, body
+Answer = Callable[[Batch, str, Any], Awaitable[Answered]]
 
 
 class BatchStore:
@@ -183,7 +184,7 @@ class BatchRunner:
     async def _answer_all(self, batch: Batch, lines: list[bytes], journal: Journal) -> None:
         """Answers what is not in the journal yet, many lines at a time. Returns early when the batch is cancelled."""
         seen: set[str] = set()
-        todo = ((n, _request(raw, batch.endpoint, seen)) for n, raw in enumerate(lines))
+        todo = ((n, request_of(raw, batch.endpoint, seen)) for n, raw in enumerate(lines))
         waiting = iter([(n, request) for n, request in todo if n not in journal.places])
         running: set[asyncio.Task[None]] = set()
         next_save_s = 0.0
@@ -208,25 +209,10 @@ class BatchRunner:
 
     async def _answer_line(self, batch: Batch, n: int, request: "Request", journal: Journal) -> None:
         if request.problem is not None:
-            error = {"code": "invalid_request", "message": request.problem}
-            answer = {"id": _line_id(batch, n), "custom_id": request.custom_id, "response": None, "error": error}
-            journal.append(n, ok=False, answer=answer)
+            journal.append(n, ok=False, answer=line_answer(_line_id(batch, n), request, None))
             return
-        status, request_id, body = await self._persist(batch, request)
-        response = {"status_code": status, "request_id": request_id, "body": body}
-        answer = {"id": _line_id(batch, n), "custom_id": request.custom_id, "response": response, "error": None}
-        journal.append(n, ok=status < 400, answer=answer)
-
-    async def _persist(self, batch: Batch, request: "Request") -> tuple[int, str, dict[str, Any]]:
-        """The line's answer. A server that is busy, loading or ending is asked again, for as long as it takes."""
-        delay_s, bugs = RETRY_S, 0
-        while True:
-            status, request_id, body = await self._answer(batch, batch.endpoint, request.body)
-            bugs += status == 500
-            if status not in (429, 500, 503) or bugs == BUG_TRIES:
-                return status, request_id, body
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, RETRY_MAX_S)
+        answered = await persist(lambda: self._answer(batch, batch.endpoint, request.body))
+        journal.append(n, ok=answered[0] < 400, answer=line_answer(_line_id(batch, n), request, answered))
 
     def _write_out(self, batch: Batch, journal: Journal) -> None:
         found: dict[str, str | None] = {}
@@ -260,7 +246,27 @@ class Request:
     problem: str | None = None
 
 
-def _request(raw: bytes, endpoint: str, seen: set[str]) -> Request:
+def line_answer(line_id: str, request: Request, answered: Answered | None) -> dict[str, Any]:
+    """A line of the output, in OpenAI's form; `answered` is None for a line that could not be asked."""
+    error = None if request.problem is None else {"code": "invalid_request", "message": request.problem}
+    response = None if answered is None else dict(zip(("status_code", "request_id", "body"), answered, strict=True))
+    return {"id": line_id, "custom_id": request.custom_id, "response": response, "error": error}
+
+
+async def persist(ask: Callable[[], Awaitable[Answered]]) -> Answered:
+    """The answer to one line. A server that is busy, loading or ending is asked again, for as long as it takes."""
+    delay_s, bugs = RETRY_S, 0
+    while True:
+        answered = await ask()
+        bugs += answered[0] == 500
+        if answered[0] not in (429, 500, 503) or bugs == BUG_TRIES:
+            return answered
+        await asyncio.sleep(delay_s)
+        delay_s = min(2 * delay_s, RETRY_MAX_S)
+
+
+def request_of(raw: bytes, endpoint: str, seen: set[str]) -> Request:
+    """What a line of the input asks; `seen` are the ids of the lines before it."""
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError):

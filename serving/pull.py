@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("link", type=Path, metavar="LINK", help="symbolic link to make to the model's directory")
     asked = parser.parse_args(argv)
     try:
-        package = _await(asked.model)
+        package = await_package(asked.model)
         checking = logs.Progress("load", total=0, unit="bytes checked")
         _point(asked.link, fetch(package, on_bytes=lambda done, total: _advance(checking, done, total)))
     except Refused as error:
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _await(model: str) -> Package:
-    """The package that `model` names, once it names one."""
+def await_package(model: str) -> Package:
+    """The package that `model` names, once it names one. Raises `Refused`."""
     source = resolve(model)
     if isinstance(source, Package):
         return source

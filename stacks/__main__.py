@@ -10,6 +10,7 @@ import pulumi
 from infra.checks import enforce, enforce_directories
 from infra.components import (
     Autoscaler,
+    BatchInference,
     DataJob,
     GpuNodePool,
     InferenceService,
@@ -48,6 +49,8 @@ def declare(stack: Stack) -> None:
         declare_training(platform, images["trainer"])
     if stack.services:
         declare_serving(platform, images["serving"])
+    if stack.batches:
+        declare_batches(platform, images["serving"])
     if stack.tenancy.network_policies:
         Network("network", args.network(platform))
     if stack.monitoring.enabled:
@@ -76,6 +79,15 @@ def declare_serving(platform: args.Platform, server: Image) -> None:
     router = Router("router", args.router(platform))
     pulumi.export("endpoint", router.endpoint)
     pulumi.export("channels", {service.name: args.channel(platform, service) for service in platform.stack.services})
+
+
+def declare_batches(platform: args.Platform, server: Image) -> None:
+    """Registry → answers, with no server between."""
+    batches = [
+        BatchInference(f"batch-{batch.name}", args.batch_inference(platform, batch, server))
+        for batch in platform.stack.batches
+    ]
+    pulumi.export("batches", [batch.job_name for batch in batches])
 
 
 try:

@@ -26,10 +26,17 @@ from infra.checks.scheduling import (
     clouds_agree,
     gpus_are_asked_for,
     layout_can_be_trained,
+    runtime_class_has_gpus,
     services_have_a_model,
     volumes_are_shared,
 )
-from infra.checks.security import images_are_pinned, network_is_closed, stores_can_be_opened
+from infra.checks.security import (
+    admin_is_closed,
+    endpoint_asks_for_keys,
+    images_are_pinned,
+    network_is_closed,
+    stores_can_be_opened,
+)
 from infra.checks.sharing import pool_holds_all, quota_holds_all
 from infra.checks.volumes import checkpoints_fit, packages_fit
 from infra.planner import Plan
@@ -71,6 +78,7 @@ CHECKS: tuple[Check, ...] = (
     services_have_a_model,
     capacity_can_be_ordered,
     gpus_are_asked_for,
+    runtime_class_has_gpus,
     layout_can_be_trained,
     classifiers_are_not_served,
     nodes_have_no_directory,
@@ -84,6 +92,8 @@ CHECKS: tuple[Check, ...] = (
     checkpoints_are_worth_it,
     surge_has_room,
     network_is_closed,
+    endpoint_asks_for_keys,
+    admin_is_closed,
     images_are_pinned,
     stores_can_be_opened,
     within_budget,

@@ -1,4 +1,4 @@
-"""What training and services ask of their pools, pod by pod: the arithmetic that the rules about room share."""
+"""What training, services and batches ask of their pools, pod by pod: the arithmetic that the rules about room share."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from math import ceil
 
 from infra.catalog import Instance, instance
 from infra.planner.training import ranks_per_node
-from infra.spec import NodePool, Service, Stack, Training
+from infra.spec import Batch, NodePool, Service, Stack, Training
 
 LEAST_SHARE = 0.5
 """Share of a node that a training pod without `resources` takes at the very least; the components give it about three quarters."""
@@ -14,7 +14,7 @@ LEAST_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """Pods of one training or service; the amounts are one pod's."""
+    """Pods of one training, service or batch; the amounts are one pod's."""
 
     user: str
     """Key of the stack file: `training`, `services.chat`."""
@@ -54,6 +54,8 @@ def demands(stack: Stack) -> dict[str, list[Demand]]:
         found[stack.training.pool].append(_gang(stack.training, machine))
     for service in stack.services:
         found[service.pool].append(_replicas(service))
+    for batch in stack.batches:
+        found[batch.pool].append(_shards(batch))
     return found
 
 
@@ -77,4 +79,16 @@ def _replicas(service: Service) -> Demand:
         gpus=service.gpus,
         cpus=service.resources.cpus,
         memory_gib=service.resources.memory_gib,
+    )
+
+
+def _shards(batch: Batch) -> Demand:
+    """One pod is enough for a batch to get on."""
+    return Demand(
+        user=f"batches.{batch.name}",
+        least=1,
+        most=batch.pods,
+        gpus=batch.gpus,
+        cpus=batch.resources.cpus,
+        memory_gib=batch.resources.memory_gib,
     )

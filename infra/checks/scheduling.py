@@ -154,6 +154,20 @@ def classifiers_are_not_served(stack: Stack, _: Plan) -> Iterator[Finding]:
             )
 
 
+def runtime_class_has_gpus(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW310: a RuntimeClass for GPUs on machines that have none: its handler is missing there, and no container starts."""
+    for pool in stack.node_pools:
+        if pool.runtime_class and not instance(pool.instance).gpus:
+            yield Finding(
+                code="SLW310",
+                severity="error",
+                where=f"node_pools.{pool.name}.runtime_class",
+                message=f"pods of pool {pool.name!r} ask for runtime class {pool.runtime_class!r}, and {pool.instance} has no GPU",
+                fix="leave runtime_class out",
+                patch={f"node_pools.{pool.name}.runtime_class": None},
+            )
+
+
 def _division(training: Training, *, ranks: int, nearest: tuple[int, int]) -> Patch:
     """A smaller micro_batch where that divides, since it changes nothing that is learnt; else the nearest global_batch."""
     each, rest = divmod(training.global_batch, ranks)

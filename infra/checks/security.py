@@ -23,6 +23,42 @@ def network_is_closed(stack: Stack, _: Plan) -> Iterator[Finding]:
         )
 
 
+def endpoint_asks_for_keys(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW604: a load balancer before a service that asks nobody for an API key: whoever finds it uses its GPUs."""
+    if stack.router.expose != "LoadBalancer" or stack.platform.cloud == "local":
+        return
+    for service in stack.services:
+        if service.api_keys_secret is None:
+            asks = "api_keys" in stack.runtime(service).placeholders
+            yield Finding(
+                code="SLW604",
+                severity="warn",
+                where=f"services.{service.name}.api_keys_secret",
+                message="the router has a load balancer, and the service asks nobody for an API key",
+                fix=(
+                    "api_keys_secret: NAME of a Secret with keys.json"
+                    if asks
+                    else "a gateway that asks before the router"
+                )
+                + ", expose: ClusterIP for the router, or SLW604: off where a gateway asks",
+                patch={"router.expose": "ClusterIP"},
+            )
+
+
+def admin_is_closed(stack: Stack, _: Plan) -> Iterator[Finding]:
+    """SLW605: with API keys the metrics are at the admin port, which asks for none: without network policies any pod may drain it."""
+    for service in stack.services:
+        if service.api_keys_secret and not stack.tenancy.network_policies:
+            yield Finding(
+                code="SLW605",
+                severity="error",
+                where="tenancy.network_policies",
+                message=f"the admin port of {service.name} is for Prometheus, and any pod of the cluster may reach it",
+                fix="network_policies: true, or SLW605: warn where another tool denies by default",
+                patch={"tenancy.network_policies": True},
+            )
+
+
 def images_are_pinned(stack: Stack, _: Plan) -> Iterator[Finding]:
     """SLW602: an image called `latest` is another one after each push: a restarted pod is not the pod that was tested."""
     images = stack.images

@@ -24,6 +24,7 @@ STAGES = {
     "evaluate": "evaluate",
     "publish": "publish",
     "load": "load model",
+    "batch": "answer",
 }
 PLAIN_EVERY_S = 10.0
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from infra.checks import Refused
 from infra.cli import cluster, images, local
 from infra.cli.apply import apply, destroy
+from infra.cli.batch import batch
 from infra.cli.chat import chat
 from infra.cli.check import check
 from infra.cli.estimate import estimate
@@ -44,6 +45,7 @@ app.command()(destroy)
 app.command()(status)
 app.command()(logs)
 app.command()(chat)
+app.command()(batch)
 
 
 @app.command()

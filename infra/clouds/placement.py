@@ -17,14 +17,17 @@ class Placement:
     """Pools whose taint `slipway.dev/pool=NAME:NoSchedule` the pod tolerates."""
     avoid_label: str | None = None
     """Nodes without this label are preferred."""
+    runtime_class: str | None = None
+    """RuntimeClass by which containers get the node's GPUs."""
 
 
 def on_pool(stack: Stack, pool: str) -> Placement:
     """Pods that need the nodes of `pool`. Nodes that Slipway does not make carry no labels of its: any will do."""
+    runtime_class = stack.pool(pool).runtime_class
     if stack.platform.cloud == "local":
-        return Placement()
+        return Placement(runtime_class=runtime_class)
     labels = {POOL_LABEL: pool, NAMESPACE_LABEL: stack.platform.namespace}
-    return Placement(node_selector=labels, tolerated_pools=_tainted([stack.pool(pool)]))
+    return Placement(node_selector=labels, tolerated_pools=_tainted([stack.pool(pool)]), runtime_class=runtime_class)
 
 
 def beside_pools(stack: Stack, pools: Iterable[str]) -> Placement:

@@ -1,6 +1,7 @@
 """What a stack is made of: Pulumi components, one a file. `args` says how each follows from the stack's values."""
 
 from infra.components.autoscaler import Autoscaler
+from infra.components.batch_inference import BatchInference
 from infra.components.data_job import DataJob
 from infra.components.inference_service import InferenceService
 from infra.components.model_registry import ModelRegistry
@@ -14,6 +15,7 @@ from infra.components.training_job import TrainingJob
 
 __all__ = [
     "Autoscaler",
+    "BatchInference",
     "DataJob",
     "GpuNodePool",
     "InferenceService",

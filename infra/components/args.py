@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from infra.catalog import Instance, instance
 from infra.clouds import beside_pools, on_pool
 from infra.components.autoscaler import AutoscalerArgs
+from infra.components.batch_inference import BatchInferenceArgs
 from infra.components.common import Scope
 from infra.components.data_job import DataJobArgs
 from infra.components.identity import accounts, object_store_users, opened_urls
@@ -24,7 +25,7 @@ from infra.components.tenancy import TenancyArgs
 from infra.components.training_job import TrainingJobArgs
 from infra.planner import Plan
 from infra.planner.training import ranks_per_node
-from infra.spec import NodePool, Service, Stack, Training
+from infra.spec import Batch, NodePool, Service, Stack, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def tenancy(stack: Stack) -> TenancyArgs:
 
 def packages(stack: Stack) -> tuple[Package, ...]:
     """The programs that the stack runs, each of which has an image."""
-    return (*(("trainer",) if stack.training else ()), *(("serving",) if stack.services else ()))
+    return (*(("trainer",) if stack.training else ()), *(("serving",) if stack.services or stack.batches else ()))
 
 
 def node_pool(platform: Platform, pool: NodePool, images: Mapping[Package, Image]) -> GpuNodePoolArgs:
@@ -93,10 +94,10 @@ def model_registry(platform: Platform) -> ModelRegistryArgs:
 
 def image(platform: Platform, package: Package) -> BuiltImageArgs:
     opened = opened_urls(platform.stack)
-    users = ("data", "train", "promote") if package == "trainer" else ("serve",)
+    users = ("data", "train", "promote") if package == "trainer" else ("serve", "batch")
     training = platform.stack.training if package == "trainer" else None
     wanted = (*training.sinks, *(["lm_eval"] if training.evaluate.asks_harness else [])) if training else ()
-    urls = tuple(url for user in users for url in opened[user])
+    urls = tuple(url for user in users for url in opened.get(user, ()))
     return BuiltImageArgs(images=platform.stack.images, package=package, urls=urls, packages=wanted)
 
 
@@ -187,6 +188,16 @@ def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
         service=service.name,
         autoscaling=service.autoscaling,
         by_replica=platform.stack.runtime(service).counts_in_flight,
+    )
+
+
+def batch_inference(platform: Platform, batch: Batch, server: Image) -> BatchInferenceArgs:
+    return BatchInferenceArgs(
+        scope=platform.scope,
+        batch=batch,
+        image=server,
+        registry=access(platform.stack.registry, writes=False),
+        placement=on_pool(platform.stack, batch.pool),
     )
 
 

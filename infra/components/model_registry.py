@@ -23,6 +23,10 @@ class RegistryAccess:
         """URL of the file that points at the model which `channel` serves."""
         return f"{self.url.rstrip('/')}/models/{model}/channels/{channel}.json"
 
+    def entry(self, model: str, digest: str) -> str:
+        """URL of one immutable entry."""
+        return f"{self.url.rstrip('/')}/models/{model}/{digest}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRegistryArgs:

@@ -102,6 +102,7 @@ def pod_template(scope: Scope, args: PodArgs) -> core.PodTemplateSpecArgs:
             enable_service_links=False,
             security_context=pod_security(),
             image_pull_secrets=[core.LocalObjectReferenceArgs(name=scope.pull_secret)] if scope.pull_secret else None,
+            runtime_class_name=args.placement.runtime_class,
             node_selector=args.placement.node_selector or None,
             tolerations=_tolerations(args.placement),
             affinity=args.affinity or _prefer_other_nodes(args.placement),

@@ -1,5 +1,6 @@
 """The container that answers for a service: the row of its runtime, filled in with what the service says."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,6 +12,7 @@ from infra.components.model_registry import RegistryAccess
 from infra.components.pods import Claim, container
 from infra.spec import PodResources, Runtime, Service
 from infra.spec.runtimes import placeholders
+from infra.spec.serving import Adapter
 
 ADMIN_PORT = 9000
 KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT = "/keys", "/models", "/runtime"
@@ -23,6 +25,9 @@ START_S = 60
 # Copying a model is waiting for the network.
 COPY = PodResources(cpus=0.5, memory_gib=1)
 CACHE = Claim(claim="cache", mount_path="/cache")
+
+
+Values = Mapping[str, str | int | tuple[str, ...] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,12 @@ class Server:
     def _channel(self) -> str:
         return self.registry.channel(self.service.model, self.service.channel)
 
+    def _entry(self, adapter: Adapter) -> str:
+        """URL of an adapter's channel, or of the one entry that it is."""
+        if adapter.digest is None:
+            return self.registry.channel(adapter.model, adapter.channel)
+        return self.registry.entry(adapter.model, adapter.digest)
+
     @property
     def _cache_dir(self) -> str:
         return CACHE.mount_path if self.service.cache_gib else MODELS_MOUNT
@@ -143,7 +154,7 @@ class Server:
         }
         return env(**(kept if self.service.cache_gib else {}), **self.runtime.env)
 
-    def _values(self) -> dict[str, str | int | None]:
+    def _values(self) -> Values:
         """What each placeholder stands for; None: the service does not say."""
         service = self.service
         kv_bytes = int(service.kv_gib * 2**30)
@@ -163,6 +174,7 @@ class Server:
             "kv_tokens": self.kv_tokens,
             "dtype": service.dtype,
             "api_keys": f"{KEYS_MOUNT}/{KEYS_FILE}" if keys else None,
+            "adapters": tuple(f"{adapter.name}={self._entry(adapter)}" for adapter in service.adapters) or None,
             # With keys `/metrics` asks for one: Prometheus reads it here, and the NetworkPolicies let nobody else in.
             "admin_host": "0.0.0.0" if keys else None,  # noqa: S104 — a pod's own network
             "admin_port": "$(ADMIN_PORT)" if keys else None,
@@ -172,14 +184,17 @@ class Server:
         return core.HTTPGetActionArgs(path=path, port="http")
 
 
-def command(runtime: Runtime, values: dict[str, str | int | None]) -> list[str]:
-    """The words of the runtime with `values` in the place of placeholders; a flag without its value is left out."""
+def command(runtime: Runtime, values: Values) -> list[str]:
+    """The words of the runtime with `values` in the place of placeholders; a flag without its value is left out, and one of
+    several values is said several times."""
     words = [word.format_map(values) for word in runtime.command]
     for flag, template in runtime.flags.items():
-        if any(values[name] is None for name in placeholders(template)):
+        told = [values[name] for name in placeholders(template)]
+        if None in told:
             continue
-        value = template.format_map(values)
-        words += [f"{flag}{value}"] if flag.endswith("=") else [flag, value]
+        several = next((value for value in told if isinstance(value, tuple)), None)
+        for value in several or (template.format_map(values),):
+            words += [f"{flag}{value}"] if flag.endswith("=") else [flag, value]
     return words
 
 

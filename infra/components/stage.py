@@ -91,7 +91,7 @@ def declare_job(
             backoff_limit=max_restarts if indexes is None else None,
             backoff_limit_per_index=None if indexes is None else max_restarts,
             max_failed_indexes=None if indexes is None else 0,
-            pod_failure_policy=_failure_policy(),
+            pod_failure_policy=failure_policy(),
             template=pod_template(scope, _with_volumes(pod, volumes)),
         ),
         # A name is used once: the Job of a changed pod takes the place of the one before.
@@ -103,7 +103,7 @@ def _with_volumes(pod: PodArgs, volumes: Sequence[core.VolumeArgs]) -> PodArgs:
     return replace(pod, volumes=volumes, restart_policy="Never")
 
 
-def _failure_policy() -> batch.PodFailurePolicyArgs:
+def failure_policy() -> batch.PodFailurePolicyArgs:
     """In order: an evicted or preempted pod and one that saved and left do not count; a refusal is final; the rest counts."""
     disruption = batch.PodFailurePolicyOnPodConditionsPatternArgs(type="DisruptionTarget", status="True")
 

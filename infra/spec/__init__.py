@@ -1,5 +1,6 @@
 """What a stack file says, as plain, frozen, validated values. Imports neither Pulumi nor torch."""
 
+from infra.spec.batch import Batch
 from infra.spec.data import Data, Located
 from infra.spec.judging import Evaluate, Gate
 from infra.spec.learning import Lora, Optim
@@ -14,6 +15,7 @@ from infra.spec.training import Base, Parallelism, PodResources, Training
 __all__ = [
     "Autoscaling",
     "Base",
+    "Batch",
     "Budget",
     "Data",
     "Evaluate",

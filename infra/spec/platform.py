@@ -62,6 +62,8 @@ class NodePool(Spec):
     """Availability zones; empty for all of the region's."""
     disk_gib: PositiveInt = 500
     """Root volume of a node."""
+    runtime_class: Name | None = None
+    """RuntimeClass of pods that use its GPUs, where the cluster has one (`nvidia`); null: the nodes' default runtime has GPUs."""
     taint: bool = True
     """Keep out what does not ask for this pool (pods of this stack tolerate it by themselves)."""
 

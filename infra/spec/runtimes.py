@@ -34,6 +34,7 @@ PLACEHOLDERS: dict[str, str | None] = {
     "kv_tokens": "kv_gib",
     "dtype": "dtype",
     "api_keys": "api_keys_secret",
+    "adapters": "adapters",
     "admin_host": None,
     "admin_port": None,
 }

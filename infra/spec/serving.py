@@ -60,6 +60,19 @@ class Slo(Spec):
     """Time per output token after the first, seconds; null: any."""
 
 
+class Adapter(Spec):
+    """A LoRA adapter in PEFT's layout, in the registry under a name of its own."""
+
+    name: Name
+    """What requests name as their model."""
+    model: Name
+    """Name in the registry."""
+    channel: Name = "production"
+    """Registry channel that is followed, without a restart."""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """One entry of the registry, for good; null: the channel's."""
+
+
 class Service(Spec):
     name: Name
     """Name of the service."""
@@ -103,6 +116,8 @@ class Service(Spec):
     """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
     api_keys_secret: Name | None = None
     """Secret whose `keys.json` holds the hashes of API keys (`python -m serving.auth NAME` makes one); null: everyone may ask."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters of the model that requests may ask for by name."""
     cache_gib: PositiveFloat | None = None
     """Volume that keeps copied models and compiled kernels over restarts, GiB; null: a new pod starts cold."""
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, Spec
+from infra.spec.batch import Batch
 from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
 from infra.spec.runtimes import Runtime, builtin
 from infra.spec.serving import Budget, Monitoring, Router, Service
@@ -63,6 +64,8 @@ class Stack(Spec):
     """What is served."""
     runtimes: tuple[Runtime, ...] = ()
     """Serving runtimes besides those that come with Slipway; one of the same name takes its place."""
+    batches: tuple[Batch, ...] = ()
+    """What is answered without a server."""
     router: Router = Router()
     """What stands before the services."""
     monitoring: Monitoring = Monitoring()
@@ -76,11 +79,13 @@ class Stack(Spec):
     def _names_exist(self) -> Self:
         _refuse_twins("node_pools", (pool.name for pool in self.node_pools))
         _refuse_twins("services", (service.name for service in self.services))
+        _refuse_twins("batches", (batch.name for batch in self.batches))
         _refuse_taken(service.name for service in self.services)
         pools = [pool.name for pool in self.node_pools]
         users: list[tuple[str, tuple[str | int, ...]]] = [
             (service.pool, ("services", index, "pool")) for index, service in enumerate(self.services)
         ]
+        users += [(batch.pool, ("batches", index, "pool")) for index, batch in enumerate(self.batches)]
         if self.training:
             users.append((self.training.pool, ("training", "pool")))
         for pool, keys in users:

@@ -27,7 +27,7 @@ from serving.api.errors import ApiError, bad_request, documented
 from serving.api.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Strict, parse
 from serving.api.sse import ClientGone, read_body
 from serving.auth import PRIORITIES
-from serving.batches import FINAL, Batch, BatchRunner, BatchStore
+from serving.batches import FINAL, Answered, Batch, BatchRunner, BatchStore
 from serving.errors import Refused
 from serving.files import File, FileStore
 
@@ -64,15 +64,23 @@ def open_store(files_dir: str) -> BatchStore:
 def runner(context: Context, store: BatchStore) -> BatchRunner:
     """Answers the lines of batches as the routes would, behind everyone who waits."""
 
-    async def answer(batch: Batch, endpoint: str, body: Any) -> tuple[int, str, dict[str, Any]]:
+    async def answer(batch: Batch, endpoint: str, body: Any) -> Answered:
         request_id = uuid.uuid4().hex
         try:
             caller = _caller(context, batch, request_id)
-            return 200, request_id, await _answer(context, endpoint, json.dumps(body).encode(), caller)
         except ApiError as error:
             return error.status, request_id, error.body()
+        return await ask(context, endpoint, body, caller)
 
     return BatchRunner(store, answer)
+
+
+async def ask(context: Context, endpoint: str, body: Any, caller: Caller) -> Answered:
+    """What the route `endpoint` answers to `body`, without a connection."""
+    try:
+        return 200, caller.request_id, await _answer(context, endpoint, json.dumps(body).encode(), caller)
+    except ApiError as error:
+        return error.status, caller.request_id, error.body()
 
 
 def _caller(context: Context, batch: Batch, request_id: str) -> Caller:

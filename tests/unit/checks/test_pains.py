@@ -60,7 +60,7 @@ def test_the_metric_chain_is_closed(name: str) -> None:
     assert named == METRIC
     emitted = (ROOT / "serving" / "metrics.py").read_text()
     assert named in emitted or named.removeprefix("slipway_serve_") in emitted
-    (monitor,) = [m for m in kind(name, "ServiceMonitor") if m["metadata"]["name"] == "services"]
+    (monitor,) = [m for m in kind(name, "ServiceMonitor") if m["metadata"]["name"] == "chat"]
     assert {endpoint["path"] for endpoint in monitor["spec"]["endpoints"]} == {"/metrics"}
     policies = {policy["metadata"]["name"] for policy in kind(name, "NetworkPolicy")}
     assert "monitoring-scrapes-serve" in policies

@@ -114,7 +114,9 @@ def test_a_hashing_policy_hashes_one_thing_and_else_the_clients_address() -> Non
         ({"hash_cookie": "sid"}, {"cookie": {"name": "sid"}, "terminal": True}),
         ({"hash_prefix_chars": 64}, {"header": {"header_name": "x-slipway-prefix"}, "terminal": True}),
     ):
-        hashes = routes(bootstrap(Router(policy="maglev", **keys), [CHAT]))[-1]["route"]["hash_policy"]
+        hashes = routes(bootstrap(Router.model_validate({"policy": "maglev"} | keys), [CHAT]))[-1]["route"][
+            "hash_policy"
+        ]
         assert hashes == [first, address]
     with pytest.raises(ValueError, match="hash_header is hashed already"):
         Router(policy="maglev", hash_header="x", hash_prefix_chars=64)

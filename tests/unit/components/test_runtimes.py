@@ -44,7 +44,11 @@ def served(rendered: Callable[..., Objects]) -> Callable[..., Objects]:
     """`served("vllm")`: prod with one service of that runtime and nothing trained."""
 
     def render(runtime: str, *, stack: Json | None = None, **keys: Any) -> Objects:
-        changes = {"services": [service(runtime, **keys)], "training": None, "checks": {"SLW306": "off", "SLW701": "off"}}
+        changes = {
+            "services": [service(runtime, **keys)],
+            "training": None,
+            "checks": {"SLW306": "off", "SLW701": "off"},
+        }
         if stack or keys:
             return rendered("prod", changes | (stack or {}))
         if runtime not in PLAIN:

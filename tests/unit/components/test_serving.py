@@ -1,6 +1,7 @@
 """Services: roll-out, probes, drain, budgets, autoscaling; the quota, the network, the monitors."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -189,3 +190,68 @@ def test_a_stack_may_serve_without_training(rendered: Callable[..., Objects]) ->
     objects = rendered("local", {"training": None})
     assert objects.kind("Job") == []
     assert objects.names("Deployment") == {"chat", "router"}
+
+
+KEYS = {"services.0.api_keys_secret": "chat-keys"}
+
+
+def test_with_api_keys_metrics_are_read_at_the_admin_port_and_by_prometheus_alone(
+    rendered: Callable[..., Objects],
+) -> None:
+    objects = rendered("dev", KEYS)
+    container = server(objects)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "admin": 9000}
+    assert flag(container, "--admin-port") == "$(ADMIN_PORT)"
+    assert objects.one("ServiceMonitor", "chat")["spec"]["endpoints"][0]["port"] == "admin"
+    shown = {s["metadata"]["name"]: [p["name"] for p in s["spec"]["ports"]] for s in objects.kind("Service")}
+    assert shown["chat-pods"] == ["http", "admin"]
+    assert shown["chat"] == ["http"]
+    opened = {
+        policy["metadata"]["name"]: rule
+        for policy in objects.kind("NetworkPolicy")
+        for rule in policy["spec"].get("ingress", [])
+        if any(port["port"] == "admin" for port in rule.get("ports", []))
+    }
+    assert opened.keys() == {"monitoring-scrapes-serve"}
+    (peer,) = opened["monitoring-scrapes-serve"]["from"]
+    assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
+def test_hashes_of_keys_are_mounted_from_the_secret_and_stand_in_no_manifest(rendered: Callable[..., Objects]) -> None:
+    objects = rendered("dev", KEYS)
+    pod = objects.one("Deployment", "chat")["spec"]["template"]["spec"]
+    assert flag(pod["containers"][0], "--api-keys") == "/keys/keys.json"
+    (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["mountPath"] == "/keys"]
+    assert mount["readOnly"] is True
+    assert {"name": "keys", "secret": {"secretName": "chat-keys"}} in pod["volumes"]
+    assert objects.kind("Secret") == []
+
+
+def test_without_keys_there_is_no_admin_port(local: Objects) -> None:
+    assert not any(word.startswith("--admin") or word == "--api-keys" for word in server(local)["command"])
+    assert local.one("ServiceMonitor", "chat")["spec"]["endpoints"][0]["port"] == "http"
+
+
+def test_adapters_are_named_by_their_channel_or_their_digest(rendered: Callable[..., Objects]) -> None:
+    adapters = [{"name": "sql", "model": "chat-sql"}, {"name": "old", "model": "chat-sql", "digest": "a" * 64}]
+    words = server(rendered("prod", {"services.0.adapters": adapters}))["command"]
+    said = [word for before, word in pairwise(words) if before == "--adapter"]
+    models = "s3://acme-slipway-prod/models/chat-sql"
+    assert said == [f"sql={models}/channels/production.json", f"old={models}/{'a' * 64}"]
+
+
+def test_a_cache_outlives_the_pod(rendered: Callable[..., Objects]) -> None:
+    objects = rendered("prod", {"services.0.cache_gib": 50})
+    claim = objects.one("PersistentVolumeClaim", "chat-cache")["spec"]
+    assert claim["resources"]["requests"] == {"storage": "50Gi"}
+    assert claim["accessModes"] == ["ReadWriteMany"]
+    container = server(objects)
+    assert "/cache" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {"name": "XDG_CACHE_HOME", "value": "/cache"} in container["env"]
+
+
+def test_a_pools_runtime_class_is_that_of_its_pods_and_of_no_others(rendered: Callable[..., Objects]) -> None:
+    objects = rendered("prod", {"node_pools.1.runtime_class": "nvidia"})
+    assert objects.one("Deployment", "chat")["spec"]["template"]["spec"]["runtimeClassName"] == "nvidia"
+    assert "runtimeClassName" not in objects.one("Deployment", "router")["spec"]["template"]["spec"]
