@@ -40,7 +40,7 @@ def test_a_chunk_stretches_a_step_to_less_than_three(
         pace.learn(decodes=decoding, prompt_tokens=tokens, seconds=seconds(tokens) * chance.uniform(0.95, 1.05))
     tokens = pace.prompt_tokens(decoding=decoding, first_tokens=1, most=4096)
     assert tokens in (LEAST_TOKENS, 4096) or seconds(tokens) <= 3 * seconds(0)
-    assert tokens == 4096 or seconds(tokens) >= 1.8 * seconds(0)
+    assert tokens == 4096 or seconds(tokens) >= 1.6 * seconds(0)
 
 
 def test_the_many_come_first() -> None:
@@ -48,7 +48,7 @@ def test_the_many_come_first() -> None:
     assert pace.prompt_tokens(decoding=5, first_tokens=1, most=512) == 512  # nothing is known yet
     pace.learn(decodes=0, prompt_tokens=512, seconds=0.512)
     pace.learn(decodes=4, prompt_tokens=0, seconds=0.02)
-    assert pace.prompt_tokens(decoding=4, first_tokens=3, most=512) == 30
+    assert pace.prompt_tokens(decoding=4, first_tokens=3, most=512) == 25
     assert pace.prompt_tokens(decoding=4, first_tokens=5, most=512) == 512
     assert pace.prompt_tokens(decoding=0, first_tokens=1, most=512) == 512
     pace.learn(decodes=4, prompt_tokens=0, seconds=1e-4)
