@@ -65,7 +65,9 @@ def _job(job: Json, seen: Snapshot) -> Line:
         says.append("suspended: something else (a queue such as Kueue) decides when it starts")
     pods = seen.pods_of(job)
     says += [*_not_made(job, seen), *_of_pods(pods, seen)]
-    if state != "failing" and (not pods or any(state_of(pod) in ("pending", "starting") for pod in pods)):
+    if any(_crashes(pod) for pod in pods):
+        state = "failing"
+    elif state != "failing" and (not pods or any(state_of(pod) in ("pending", "starting") for pod in pods)):
         state = "waiting"
     if failed := status.get("failed"):
         says.append(f"{failed} failed pod{'s' if failed > 1 else ''} so far")

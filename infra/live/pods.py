@@ -129,9 +129,9 @@ def _pull(message: str) -> str:
     if "unauthorized" in lower or "denied" in lower or "forbidden" in lower or "401" in lower or "403" in lower:
         return "the registry refuses it; name a Secret as images.pull_secret"
     if "not found" in lower or "404" in lower or "does not exist" in lower:
-        return "there is no such image; push it, or load it into the cluster (`slipway images`)"
+        return "there is no such image; push it, or load it into the cluster (`slipway images build`)"
     if "no such host" in lower or "dial tcp" in lower or "timeout" in lower or "i/o" in lower:
-        return "the registry does not answer from the node"
+        return "the registry does not answer from the node; load the image into the cluster (`slipway images build`)"
     return message or "the node tries again"
 
 

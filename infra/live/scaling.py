@@ -25,7 +25,7 @@ def _say(autoscaler: Json) -> Iterator[str]:
         if active.get("reason") == "ScalingDisabled":
             yield "the autoscaler rests: the Deployment has no replicas"
         else:
-            yield f"the autoscaler sees nothing: {active.get('message', active.get('reason'))}; {_mend(active.get('reason', ''))}"
+            yield f"the autoscaler sees nothing: {_cause(active)}; {_mend(active.get('reason', ''))}"
         return
     seen = ", ".join(_metrics(spec, status)) or "no measurement yet"
     current, wanted = status.get("currentReplicas", 0), status.get("desiredReplicas", 0)
@@ -66,6 +66,13 @@ def _amount(of: Json) -> str | None:
         return None
     number = str(value)
     return f"{int(number[:-1]) / 1000:g}" if number.endswith("m") else number
+
+
+def _cause(condition: Json) -> str:
+    """The message, without how the controller came to it."""
+    return str(condition.get("message") or condition.get("reason")).rpartition("unable to compute the replica count: ")[
+        2
+    ]
 
 
 def _mend(reason: str) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 
 Json = dict[str, Any]
 _CLAUSE = re.compile(r"^(?:(\d+) )?(?:node\(s\) )?(.*?)\.?$")
+_ABSENT = re.compile(r'persistentvolumeclaim "(.*?)" not found')
+_ASIDE = re.compile(r"[,.]? (?:no new claims to deallocate,|preemption:)")
+"""What follows says of other pods and of devices whether they could make room."""
 _TAINT = re.compile(r"untolerated taint(?:\(s\))? ?\{?([^:}]*)(?::\s*([^}]*))?\}?")
 
 
@@ -19,7 +22,7 @@ def unschedulable(pod: Json) -> str | None:
 
 def why_no_node(message: str, pod: Json) -> list[str]:
     """Each reason in people's words, with the fix; the message itself where it is none that is known."""
-    message = message.partition(" preemption:")[0]
+    message = _ASIDE.split(message)[0]
     head, _, tail = message.partition(": ")
     if head.startswith("0/0 nodes"):
         return ["the cluster has no node yet: an autoscaler is making one, or the node pools are not there"]
@@ -53,8 +56,8 @@ def _say(clause: str, pod: Json) -> str:
         return f"its volume lies in another zone or on another node{nodes}; keep the pool in the volume's zone, or storage.shared: true"
     if "unbound immediate PersistentVolumeClaims" in what or "unbound" in what:
         return "its volume is not there yet: see the claims"
-    if re.search(r'persistentvolumeclaim ".*" not found', what):
-        return f"{what}: the claim is made outside of this stack; make it, or mend volume_claim"
+    if absent := _ABSENT.search(what):
+        return f"there is no volume {absent[1]!r}; make the claim, or mend volume_claim"
     if "anti-affinity" in what:
         return f"another pod of its kind is there already{nodes}; add a node"
     if "unschedulable" in what:
@@ -63,8 +66,8 @@ def _say(clause: str, pod: Json) -> str:
 
 
 def _other(message: str) -> str:
-    if "persistentvolumeclaim" in message and "not found" in message:
-        return f"{message}: the claim is made outside of this stack; make it, or mend volume_claim"
+    if absent := _ABSENT.search(message):
+        return f"there is no volume {absent[1]!r}; make the claim, or mend volume_claim"
     return f"the scheduler says: {message}"
 
 

@@ -49,7 +49,17 @@ def only(snapshot: Snapshot) -> Line:
         ("0/2 nodes are available: 2 node(s) were unschedulable.", "cordoned (2 nodes)", "uncordon"),
         ("0/2 nodes are available: 2 Too many pods.", "at their most", "add a node"),
         ("0/0 nodes available: no nodes are available to schedule pods", "has no node yet", "autoscaler is making one"),
-        ('persistentvolumeclaim "corpora" not found', 'persistentvolumeclaim "corpora" not found', "volume_claim"),
+        ('persistentvolumeclaim "corpora" not found', "there is no volume 'corpora'", "volume_claim"),
+        (
+            '0/1 nodes are available: persistentvolumeclaim "corpora" not found. not found',
+            "there is no volume 'corpora'",
+            "volume_claim",
+        ),
+        (
+            "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate,",
+            "asks for 2 of cpu, and no node has as much free",
+            "ask for less",
+        ),
     ],
 )
 def test_a_pod_without_a_node_says_why_and_what_mends_it(message: str, says: str, mends: str) -> None:
