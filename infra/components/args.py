@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from infra.catalog import Instance, instance
 from infra.clouds import beside_pools, on_pool
-from infra.components.autoscaler import AutoscalerArgs
+from infra.components.alerts import series
+from infra.components.autoscaler import METRIC, AutoscalerArgs
 from infra.components.batch_inference import BatchInferenceArgs
 from infra.components.common import Scope
 from infra.components.data_job import DataJobArgs
@@ -188,6 +189,8 @@ def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
         service=service.name,
         autoscaling=service.autoscaling,
         by_replica=platform.stack.runtime(service).counts_in_flight,
+        prometheus_url=platform.stack.monitoring.prometheus_url,
+        query=f"sum({series(METRIC, platform.stack, service)})",
     )
 
 

@@ -22,6 +22,9 @@ from infra.spec.training import Dtype, PodResources
 
 
 class Autoscaling(Spec):
+    by: Literal["hpa", "keda"] = "hpa"
+    """What scales: a HorizontalPodAutoscaler, which needs a metrics adapter, or a ScaledObject of KEDA, which asks Prometheus itself
+    (`monitoring.prometheus_url`)."""
     min_replicas: PositiveInt = 1
     """Replicas that are always there."""
     max_replicas: PositiveInt
@@ -222,6 +225,8 @@ class Objectives(Spec):
 class Monitoring(Spec):
     enabled: bool = True
     """ServiceMonitor, PodMonitor, PrometheusRule and Grafana dashboards (the operator's CRDs must be there)."""
+    prometheus_url: str | None = None
+    """Address of Prometheus inside the cluster, for what asks it: `http://prometheus-operated.monitoring:9090`."""
     scrape_interval_s: PositiveInt = 15
     """Seconds between scrapes."""
     labels: dict[str, str] = Field(default={"release": "prometheus"})

@@ -94,6 +94,14 @@ class Stack(Spec):
         return self
 
     @model_validator(mode="after")
+    def _keda_finds_prometheus(self) -> Self:
+        for index, service in enumerate(self.services):
+            if service.autoscaling and service.autoscaling.by == "keda" and self.monitoring.prometheus_url is None:
+                says = "KEDA asks Prometheus itself; say where it is (monitoring.prometheus_url)"
+                raise Misplaced(says, "services", index, "autoscaling", "by")
+        return self
+
+    @model_validator(mode="after")
     def _runtimes_suit(self) -> Self:
         _refuse_twins("runtimes", (runtime.name for runtime in self.runtimes))
         known = builtin() | {runtime.name: runtime for runtime in self.runtimes}

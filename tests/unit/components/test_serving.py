@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infra.components.alerts import rule_groups
-from infra.spec import load
+from infra.spec import StackError, load
 
 from .conftest import STACKS, Json, Objects
 
@@ -255,3 +255,23 @@ def test_a_pools_runtime_class_is_that_of_its_pods_and_of_no_others(rendered: Ca
     objects = rendered("prod", {"node_pools.1.runtime_class": "nvidia"})
     assert objects.one("Deployment", "chat")["spec"]["template"]["spec"]["runtimeClassName"] == "nvidia"
     assert "runtimeClassName" not in objects.one("Deployment", "router")["spec"]["template"]["spec"]
+
+
+def test_keda_scales_on_the_same_signal_and_needs_to_know_where_prometheus_is(rendered: Callable[..., Objects]) -> None:
+    by_keda = {"services.0.autoscaling.by": "keda"}
+    with pytest.raises(StackError, match=r"services\.0\.autoscaling\.by: KEDA asks Prometheus itself"):
+        rendered("prod", by_keda)
+    objects = rendered("prod", by_keda | {"monitoring": {"prometheus_url": "http://prometheus.monitoring:9090"}})
+    assert objects.kind("HorizontalPodAutoscaler") == []
+    scaled = objects.one("ScaledObject", "chat")["spec"]
+    assert scaled["scaleTargetRef"] == {"name": "chat"}
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (2, 8)
+    (trigger,) = scaled["triggers"]
+    assert trigger["metadata"] == {
+        "serverAddress": "http://prometheus.monitoring:9090",
+        "query": 'sum(slipway_serve_requests_in_flight{namespace="slipway-prod", inference_service="chat"})',
+        "threshold": "24",
+    }
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    (kept,) = rendered("prod", {}).kind("HorizontalPodAutoscaler")
+    assert behavior == kept["spec"]["behavior"]
