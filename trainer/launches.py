@@ -81,10 +81,8 @@ class MeetingSgd(LocalSgd):
         self._place.leave()
 
     def after_step(self, done: int) -> int:
-        for fragment in range(len(self._names)):
-            if self._is_due(fragment, done):
-                done = self._meet(done, fragment=fragment, until=self._is_part_of)
-        return done
+        due = next((fragment for fragment in range(len(self._names)) if self._is_due(fragment, done)), None)
+        return done if due is None else self._meet(done, fragment=due, until=self._is_part_of)
 
     def finish(self, done: int) -> int:
         for fragment in range(len(self._names)):

@@ -178,9 +178,6 @@ def test_a_run_keeps_its_checkpoints_in_an_object_store_and_goes_on_from_there(d
     assert losses == [line.split('"lr"')[0] for line in undisturbed]
 
 
-@pytest.mark.parametrize(
-    ("url", "said"), [("nowhere://bucket/x", "Protocol not known"), ("s3://", "cannot open|Install s3fs")]
-)
-def test_a_store_that_cannot_be_opened_is_refused(url, said):
-    with pytest.raises(Refused, match=said):
-        Storage(url)
+def test_a_store_that_cannot_be_opened_is_refused():
+    with pytest.raises(Refused, match="cannot open the store of checkpoints: Protocol not known"):
+        Storage("nowhere://bucket/x")
