@@ -42,7 +42,7 @@ class _HeadAndLoss(torch.autograd.Function):
         wants_x, wants_weight, *_ = ctx.needs_input_grad
         total = x_ND.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x_ND) if wants_x else None
-        grad_weight = torch.zeros_like(weight_VD) if wants_weight else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         for start in range(0, len(x_ND), rows):
             x, targets = x_ND[start : start + rows], targets_N[start : start + rows]
             log_p = F.linear(x, weight_VD).float().log_softmax(-1)
@@ -53,11 +53,12 @@ class _HeadAndLoss(torch.autograd.Function):
             counts = (targets != IGNORED).unsqueeze(1)
             grad = log_p.exp_()
             grad.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), grad.new_full((len(x), 1), -1.0))
+            grad = grad.to(weight_VD.dtype)
             if grad_x is not None:
                 grad_x[start : start + rows] = (grad @ weight_VD) * counts
             if grad_weight is not None:
                 grad_weight += grad.t() @ (x * counts)
-        ctx.grads = grad_x, grad_weight
+        ctx.grads = grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype)
         return total
 
     @staticmethod

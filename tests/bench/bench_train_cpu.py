@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -289,8 +289,10 @@ def write_shards(text: Path | None) -> tuple[Path, Path | None, int]:
 
 def race(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     setting = SETTINGS[name]
+    if options.steps:
+        setting = replace(setting, turn=max(min(setting.turn, options.steps // 4), 1))
     train, held_out, vocab = write_shards(options.text)
-    turns = (options.steps or setting.steps) // setting.turn
+    turns = max((options.steps or setting.steps) // setting.turn, 2)
     task = Task(setting, turns * setting.turn, train, held_out, vocab, options.nanogpt)
     first = "nanoGPT" if options.nanogpt else "a bare loop"
     peers = {who: Peer(who, task) for who in ("ours", first, "Transformers' Trainer")}

@@ -107,6 +107,18 @@ def test_the_loss_is_that_of_all_logits_at_once_and_never_holds_them(kind, rows,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_of_bfloat16_weights_are_added_up_in_float32(monkeypatch):
+    monkeypatch.setattr(trainer.loss, "LOGITS_AT_ONCE", {"cpu": 50})
+    torch.manual_seed(0)
+    head, x, targets = nn.Linear(8, 50, bias=False), torch.randn(1, 400, 8), torch.randint(0, 50, (1, 400))
+    cross_entropy(head, x, targets, reduction="mean").backward()
+    wanted, low = head.weight.grad, nn.Linear(8, 50, bias=False, dtype=torch.bfloat16)
+    low.weight.data.copy_(head.weight.data)
+    cross_entropy(low, x.bfloat16(), targets, reduction="mean").backward()
+    assert low.weight.grad.dtype == torch.bfloat16
+    assert torch.linalg.vector_norm(low.weight.grad.float() - wanted) <= 2e-2 * torch.linalg.vector_norm(wanted)
+
+
 def test_a_frozen_head_gets_no_gradient_and_what_is_below_it_does():
     head, x = nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(1, 6, 8, requires_grad=True)
     cross_entropy(head, x, torch.randint(0, 50, (1, 6)), reduction="mean").backward()
