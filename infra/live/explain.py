@@ -70,7 +70,7 @@ def _job(job: Json, seen: Snapshot) -> Line:
     elif state != "failing" and (not pods or any(state_of(pod) in ("pending", "starting") for pod in pods)):
         state = "waiting"
     if failed := status.get("failed"):
-        says.append(f"{failed} failed pod{'s' if failed > 1 else ''} so far")
+        says.append(f"{failed} failed pod{'s' if failed > 1 else ''} so far" + _last_failure(pods, seen))
     return Line(
         what=_name("job", job), state=state, ready=status.get("succeeded", 0), wanted=wanted, says=_unique(says)
     )
@@ -158,6 +158,14 @@ def _of_pods(pods: list[Json], seen: Snapshot) -> list[str]:
     if running:
         said.update(reason for pod in alive if _crashes(pod) for reason in why(pod, seen))
     return [f"{reason} ({count} pods)" if count > 1 else reason for reason, count in said.items()]
+
+
+def _last_failure(pods: list[Json], seen: Snapshot) -> str:
+    """`, the last: …` where a failed pod is still there to say why."""
+    failed = [pod for pod in pods if pod.get("status", {}).get("phase") == "Failed"]
+    newest = max(failed, key=lambda pod: pod["metadata"].get("creationTimestamp") or "", default=None)
+    reasons = why(newest, seen) if newest else []
+    return f", the last: {reasons[0]}" if reasons else ""
 
 
 def _crashes(pod: Json) -> bool:

@@ -50,10 +50,19 @@ def why(pod: Json, seen: Snapshot) -> list[str]:
         reasons.insert(0, f"evicted: {pod['status'].get('message', 'the node was short of something')}")
     if state_of(pod) == "starting":
         reasons += [_mount(event["message"]) for event in seen.events_of(pod) if event.get("reason") in _MOUNTS][:1]
+        reasons = reasons or _pulling(pod, seen)
     return reasons
 
 
 _MOUNTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
+
+
+def _pulling(pod: Json, seen: Snapshot) -> list[str]:
+    """That an image is on its way, where that is the last that was heard."""
+    newest = next(seen.events_of(pod), None)
+    return (
+        [str(newest["message"]).replace("Pulling", "pulls", 1)] if newest and newest.get("reason") == "Pulling" else []
+    )
 
 
 def _mount(message: str) -> str:

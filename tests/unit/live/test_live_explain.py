@@ -187,6 +187,20 @@ def test_a_job_says_how_it_ended(status: dict[str, Any], state: str, says: str) 
     assert says in " ".join(line.says)
 
 
+def test_a_job_that_tries_again_says_why_it_failed_before() -> None:
+    broken = k8s.placed(k8s.pod("train-0-a", labels=k8s.GANG, phase="Failed"))
+    broken["status"]["containerStatuses"] = [{"name": "train", "state": {"terminated": {"exitCode": 1}}}]
+    again = k8s.running("train-0-b", labels=k8s.GANG)
+    line = only(k8s.seen(broken, again, jobs=[k8s.job(failed=1)]))
+    assert (line.state, line.says) == ("running", ("1 failed pod so far, the last: train failed; see its log",))
+
+
+def test_a_pod_that_pulls_its_image_says_so() -> None:
+    pod = k8s.waiting("ContainerCreating")
+    pulling = k8s.event(pod, "Pulling", 'Pulling image "registry.example/serving:abc"')
+    assert why(pod, k8s.seen(pod, events=[pulling])) == ['pulls image "registry.example/serving:abc"']
+
+
 @pytest.mark.parametrize(
     ("status", "state", "says"),
     [
