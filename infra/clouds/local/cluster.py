@@ -165,9 +165,7 @@ def _images(built: Built, programs: Debian, folder: Path) -> list[Path]:
 
 
 def _import(places: Places, programs: Debian, path: Path) -> None:
-    done = _ctr(places, programs, "images", "import", "--local", str(path))
-    if done.returncode:
-        done = _ctr(places, programs, "images", "import", str(path))
+    done = _ctr(places, programs, "images", "import", str(path))
     if done.returncode:
         raise ClusterError(f"containerd does not take {path.name}: {done.stderr.strip()[-300:]}")
 

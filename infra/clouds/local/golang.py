@@ -62,7 +62,8 @@ def _build(module: str, folder: Path) -> None:
         done = run(_go(), "build", *flags, what, cwd=TOOLS / module, env=_env())
         if done.returncode:
             raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
-        programs.rename(folder)
+        if not folder.exists():  # else another build of the same was first
+            programs.rename(folder)
 
 
 def _env() -> dict[str, str]:
