@@ -93,9 +93,9 @@ class AdapterShelf:
                 raise Refused("there is no adapter yet", where=source.url, fix="Publish one to the channel")
             adapter = await asyncio.to_thread(_read, package, self._config)
         except (Refused, OSError) as error:
-            if self.refused.get(name) != str(error):
+            if self._sources.get(name) is source and self.refused.get(name) != str(error):
                 logs.event("error", level="error", message=f"adapter '{name}': {error}")
-            self.refused[name] = str(error)
+                self.refused[name] = str(error)
             return str(error)
         if self._sources.get(name) is source:  # it was not taken off, or replaced, in the meantime
             self._take_off(name, but=adapter.ref)

@@ -51,16 +51,17 @@ class Work:
         head = config.vocab_size * config.hidden
         return cls(
             layer_weights=layer, head_weights=head, layer_bytes=layer * WEIGHT_BYTES[form],
-            head_bytes=head * dtype.itemsize, attention_flops=4 * config.layers * q,
+            head_bytes=head * (2 if form == "bfloat16" else dtype.itemsize), attention_flops=4 * config.layers * q,
             kv_bytes_per_token=config.kv_bytes_per_token(bytes_per_value=dtype.itemsize),
         )  # fmt: skip
 
     def cost(self, batch: Seq[Scheduled], seconds: float) -> Cost:
-        tokens = sum(item.num_tokens for item in batch)
-        sampled = sum(1 + len(item.guess) for item in batch if item.completes)
-        # A token looks at all before it and itself; in a chunk that is half of the chunk on average.
-        looks = sum(item.num_tokens * (item.seq.num_computed + (item.num_tokens + 1) / 2) for item in batch)
-        cached = sum(item.seq.num_computed + item.num_tokens for item in batch)
+        tokens = sampled = cached = looks = 0
+        for item in batch:
+            new, old = item.num_tokens, item.seq.num_computed
+            tokens, cached = tokens + new, cached + old + new
+            looks += new * (2 * old + new + 1) // 2  # a token looks at all before it and itself
+            sampled += 1 + len(item.guess) if item.completes else 0
         read = self.layer_bytes + self.head_bytes * (sampled > 0) + cached * self.kv_bytes_per_token
         flops = 2 * (tokens * self.layer_weights + sampled * self.head_weights) + looks * self.attention_flops
         return Cost(seconds, read, flops)
