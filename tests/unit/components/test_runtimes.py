@@ -13,6 +13,7 @@ from infra.components.recordings import relabelings
 from infra.components.server import command
 from infra.spec import StackError
 from infra.spec.runtimes import PLACEHOLDERS, Runtime, builtin
+from serving import settings as server_settings
 
 from .conftest import Json, Objects
 
@@ -289,3 +290,19 @@ def test_every_placeholder_has_a_value() -> None:
     assert command(row, values | {"kv_tokens": None})[3:] == [
         word for name in PLACEHOLDERS if name != "kv_tokens" for word in (f"--{name}", "value")
     ]
+
+
+@pytest.mark.parametrize("name", ["slipway", "onnx"])
+def test_the_own_server_takes_every_flag_of_its_rows(name: str) -> None:
+    """With all that a service can say; the programs meet in their command lines."""
+    row = builtin()[name]
+    values: dict[str, Any] = dict.fromkeys(PLACEHOLDERS, 8) | {
+        "model": "s3://registry/models/base/channels/production.json",
+        "adapters": ("sql=s3://registry/models/sql/channels/production.json",),
+        "dtype": "bfloat16",
+        "admin_host": "127.0.0.1",
+    }
+    words = command(row, values)
+    assert words[:3] == ["python", "-m", "serving"]
+    asked = server_settings.parse(words[3:])
+    assert (asked.model, asked.max_num_seqs, asked.admin_port) == (values["model"], 8, 8)
