@@ -26,9 +26,7 @@ def split(**parallelism: Any) -> dict[str, Any]:
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
-        "hsdp": {**split(dp_shard=2)},
         "fsdp x tp, selective": {**split(dp_shard=2, tp=2, recompute="selective"), "test": {"save_at": 2}},
-        "pp x tp": {**split(pp=2, tp=2)},
         "pp x fsdp bf16": {**split(pp=2, dp_shard=2), "dtype": "bfloat16"},
         "tied cp x fsdp, full": {**split(cp=2, dp_shard=2, recompute="full"), **TIED},
         "interleaved pp x cp": {**split(pp=2, cp=2, pp_schedule="interleaved")},

@@ -98,7 +98,7 @@ def test_replicas_die_and_stall_and_return_and_the_others_never_stop(dataset, me
 
 def place_of(endpoint: str, replica: int, *, purpose: str, replicas: int = 3) -> MeetingPlace:
     place = MeetingPlace(
-        endpoint, purpose=purpose, replica=replica, replicas=replicas, lost_after_s=5.0, patience_s=20.0
+        endpoint, purpose=purpose, replica=replica, replicas=replicas, lost_after_s=30.0, patience_s=60.0
     )
     place.open()
     return place
