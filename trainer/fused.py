@@ -2,7 +2,7 @@
 
 Matrices that multiply the same input are one product, forward and backward. The rows of those of queries and keys are
 taken so that the two numbers that rotary positions turn together lie side by side: then they are one complex number, and
-a single multiplication in place turns them all. Scores are sums over a head's width and do not know of its order.
+a single multiplication turns them all. Scores are sums over a head's width and do not know of its order.
 """
 
 from typing import Any
@@ -60,10 +60,12 @@ class _TurnedProjections(torch.autograd.Function):
         weight = torch.cat([_in_pairs(q, width), _in_pairs(k, width), v])
         sizes = [matrix.shape[0] // width for matrix in (q, k, v)]
         qkv_BLNW = F.linear(x, weight).unflatten(-1, (-1, width))
-        _complex(qkv_BLNW[:, :, : sizes[0] + sizes[1]]).mul_(turns.unsqueeze(1))
+        qk_BLNW, v_BLKW = qkv_BLNW.split([sizes[0] + sizes[1], sizes[2]], 2)
+        # Not in place: selective recomputation keeps the product and turns it again.
+        turned_BLNW = torch.view_as_real(_complex(qk_BLNW) * turns.unsqueeze(1)).flatten(-2)
         ctx.save_for_backward(x, weight, turns)
         ctx.sizes = sizes
-        q_BLHW, k_BLKW, v_BLKW = qkv_BLNW.split(sizes, 2)
+        q_BLHW, k_BLKW = turned_BLNW.split(sizes[:2], 2)
         return q_BLHW.transpose(1, 2), k_BLKW.transpose(1, 2), v_BLKW.transpose(1, 2)
 
     @staticmethod

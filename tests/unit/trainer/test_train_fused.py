@@ -20,6 +20,7 @@ from trainer.loss import IGNORED, cross_entropy
 from trainer.model import Decoder
 from trainer.optim import make_optimizer
 from trainer.parallel import Ranks, lay_out
+from trainer.parallel.memory import apply_recompute, plain_name
 from trainer.step import train_step
 
 
@@ -56,6 +57,15 @@ def test_few_operations_give_what_the_plain_ones_do(monkeypatch, shape):
         assert plain.keys() == few.keys()
         for name, value in plain.items():
             assert torch.linalg.vector_norm(few[name] - value) <= 1e-5 * torch.linalg.vector_norm(value), name
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_made_again_in_few_operations_is_what_was_made(mode):
+    model, tokens = decoder_of(), torch.randint(0, 70, (3, 40))
+    kept = loss_and_gradients(model, tokens)
+    apply_recompute(model, mode)
+    again = {plain_name(name): value for name, value in loss_and_gradients(model, tokens).items()}
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_only_plain_matrices_are_taken_together():
