@@ -67,7 +67,7 @@ def up(places: Places, *, kubeconfig: Path | None, gpus: int, say: Say) -> Statu
 
 def down(places: Places, *, say: Say) -> bool:
     """Remove the cluster and everything that it made on this machine; the cache stays. Whether there was one."""
-    if kind.is_up(places.cache):
+    if kind.is_up():
         say("removing kind's cluster")
         kind.down(places.cache)
         shutil.rmtree(places.state, ignore_errors=True)
@@ -212,7 +212,7 @@ def _how(places: Places, kubeconfig: Path | None) -> How | None:
         return "kubeconfig"
     if machine.pids(places):
         return "node"
-    return "kind" if kind.is_up(places.cache) else None
+    return "kind" if kind.is_up() else None
 
 
 def _is_ready(node: dict[str, Any]) -> bool:
