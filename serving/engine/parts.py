@@ -75,7 +75,7 @@ def load_share(
     model = load(root, local, device=device, dtype=dtype, on_bytes=on_bytes, shard=shard)
     compiled = _kernels(local, device)
     if compiled is not None:
-        pack(model, compiled, form=form)
+        form = pack(model, compiled, form=form)
     elif settings.quantize != "none":
         quantize_layers(model, form=form)
     return Loaded(model, compiled, device, dtype, form)

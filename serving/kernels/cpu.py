@@ -87,13 +87,20 @@ class Kernels:
             lib.forward, lib.linear, lib.rows_of, lib.rms_norm, lib.rotate, lib.silu_multiply, lib.attend,
         ):  # fmt: skip
             function.restype = None
-        for function in (lib.panel_columns, lib.group_inputs, lib.block_tokens):
+        for function in (lib.panel_columns, lib.group_inputs, lib.block_tokens, lib.rounds_activations):
             function.argtypes, function.restype = [], n
         self.columns, self.block_tokens = lib.panel_columns(), lib.block_tokens()
+        self.halves_are_exact = not lib.rounds_activations()
         assert lib.group_inputs() == GROUP
 
     def pack(self, weight_NK: Tensor, form: str, bias: Tensor | None = None) -> Packed:
-        """The weight in one of `FORMATS`. K must be even, and a multiple of G for int8 and int4."""
+        """The weight in one of `FORMATS`. K must be even, and a multiple of G for int8 and int4.
+
+        A float32 one whose values are all bfloat16's, as most published ones are, is kept as these where the products
+        are computed in float32 all the same: half the memory, and the same result to the bit.
+        """
+        if form == "float32" and self.halves_are_exact and _is_bfloat16(weight_NK):
+            form = "bfloat16"
         outputs, inputs = weight_NK.shape
         assert inputs % (GROUP if form in CODE_MAX else 2) == 0
         missing = -outputs % self.columns
@@ -178,6 +185,10 @@ def room(shape: Seq[int], dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, count * dtype.itemsize)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+
+def _is_bfloat16(weight_NK: Tensor) -> bool:
+    return not any((part.float().view(torch.int32) & 0xFFFF).any() for part in weight_NK.split(1024))
 
 
 def _pairs(panels: Tensor) -> Tensor:

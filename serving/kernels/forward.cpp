@@ -87,6 +87,7 @@ extern "C" {
 long panel_columns() { return PANEL; }
 long group_inputs() { return GROUP; }
 long block_tokens() { return BLOCK; }
+long rounds_activations() { return PAIRS; }  // to bfloat16, where weights are bfloat16
 
 void forward(const Shape* shape, const Layer* layers, const Step* step, float* x) {
     static std::vector<float> near, far;

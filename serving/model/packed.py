@@ -112,8 +112,8 @@ def fits(config: ModelConfig) -> bool:
     return not any(size % MULTIPLE for size in (config.hidden, config.ffn, config.head_dim))
 
 
-def pack(model: Llama, kernels: Kernels, *, form: str) -> None:
-    """Changes the model in place, a weight at a time: no more than one of them is in memory twice.
+def pack(model: Llama, kernels: Kernels, *, form: str) -> str:
+    """Changes the model in place, a weight at a time, and returns the form of the layers' weights (see Kernels.pack).
 
     The vocabulary's weight keeps the model's own precision when the others are cut to int8 or int4: it is looked up
     from, and the answer's last digits hang on it.
@@ -135,3 +135,5 @@ def pack(model: Llama, kernels: Kernels, *, form: str) -> None:
                 setattr(parent, name, KernelRotary(kernels))
     setattr(model, "blocks", PackedBlocks(model.blocks, kernels, model.config))  # noqa: B010
     model.compute_dtype = torch.float32
+    forms = {module.weight.form for module in model.blocks.modules() if isinstance(module, PackedLinear)}
+    return form if form in forms else forms.pop()

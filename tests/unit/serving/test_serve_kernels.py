@@ -54,6 +54,22 @@ def test_a_linear_layer_is_the_product_with_what_its_format_holds(
     assert torch.equal(k.linear(x[some].contiguous(), packed), y[some])
 
 
+def test_float32_that_is_bfloat16_is_kept_as_such_and_computes_the_same(k: Kernels) -> None:
+    if not k.halves_are_exact:
+        pytest.skip("this processor's products of bfloat16 round the other factor too")
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 320, generator=g).bfloat16().float()
+    kept = k.pack(weight, "float32")
+    assert kept.form == "bfloat16"
+    other = weight.clone()
+    other[69, 319] += 2**-12  # a value that needs more digits
+    whole = k.pack(other, "float32")
+    assert whole.form == "float32"
+    for rows in (1, 3, 5, 40):
+        x = torch.randn(rows, 320, generator=g)
+        assert torch.equal(k.linear(x, kept)[:, :69], k.linear(x, whole)[:, :69])
+
+
 @pytest.mark.parametrize(("form", "error"), [("int8", 0.006), ("int4", 0.11)])
 def test_quantized_weights_are_within_half_a_code(form: str, error: float) -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
