@@ -30,8 +30,8 @@ from serving.shards import Input, Line, Output, fingerprint
 
 WINDOW_LINES = 64
 INTERRUPTED = 75
-BEHIND = 2
-"""Windows that are under way at once, as many times as fills the engine: the last lines of one must not leave it idle."""
+AHEAD = 2
+"""Lines that are begun, in times of what is answered at once: the last ones of a window must not leave the engine idle."""
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 
 
@@ -89,7 +89,7 @@ class Shard:
                 if window[0].offset in answered:
                     continue
                 running.add(asyncio.create_task(self._answer(context, window, room)))
-                if len(running) * self.own.window >= BEHIND * at_once + self.own.window:
+                if len(running) * self.own.window >= AHEAD * at_once + self.own.window:
                     running = await _first_of(running)
                     seen.update(done - len(running) * self.own.window)
             while running:

@@ -88,7 +88,7 @@ class Output:
         return {int(Path(str(path)).stem): str(path) for path in sorted(map(str, paths))}
 
     def put_window(self, shard: int, offset: int, answers: Iterable[dict[str, Any]]) -> None:
-        text = b"".join(json.dumps(answer, ensure_ascii=False).encode() + b"\n" for answer in answers)
+        text = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
         self._put(f"{self._folder(shard)}/{offset:0{OFFSET_DIGITS}}.jsonl", text)
 
     def pin(self, name: str, value: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from pulumi_kubernetes.core import v1 as core
 
 from infra.components.common import env, resources, threads_from_limit
 from infra.components.model_registry import RegistryAccess
-from infra.components.pods import Claim, container
+from infra.components.pods import container
 from infra.spec import PodResources, Runtime, Service
 from infra.spec.runtimes import placeholders
 from infra.spec.serving import Adapter
 
 ADMIN_PORT = 9000
-KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT = "/keys", "/models", "/runtime"
+KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT, CACHE_MOUNT = "/keys", "/models", "/runtime", "/cache"
 KEYS_FILE = "keys.json"
 PACKAGE = f"{MODELS_MOUNT}/package"
 # Before SIGTERM: the time that Services, DNS and routers need to stop sending.
@@ -24,7 +24,6 @@ PRE_STOP_S = 5
 START_S = 60
 # Copying a model is waiting for the network.
 COPY = PodResources(cpus=0.5, memory_gib=1)
-CACHE = Claim(claim="cache", mount_path="/cache")
 
 
 Values = Mapping[str, str | int | tuple[str, ...] | None]
@@ -126,7 +125,7 @@ class Server:
         if self.service.api_keys_secret:
             mounts.append(core.VolumeMountArgs(name="keys", mount_path=KEYS_MOUNT, read_only=True))
         if self.service.cache_gib:
-            mounts.append(core.VolumeMountArgs(name="cache", mount_path=CACHE.mount_path))
+            mounts.append(core.VolumeMountArgs(name="cache", mount_path=CACHE_MOUNT))
         if self.service.gpus > 1:
             mounts.append(core.VolumeMountArgs(name="shared-memory", mount_path="/dev/shm"))  # noqa: S108
         return mounts
@@ -143,14 +142,14 @@ class Server:
 
     @property
     def _cache_dir(self) -> str:
-        return CACHE.mount_path if self.service.cache_gib else MODELS_MOUNT
+        return CACHE_MOUNT if self.service.cache_gib else MODELS_MOUNT
 
     def _variables(self) -> list[core.EnvVarArgs]:
         """The runtime's own, and where caches go that are to outlive the pod."""
         kept = {
-            "XDG_CACHE_HOME": CACHE.mount_path,
-            "TORCHINDUCTOR_CACHE_DIR": f"{CACHE.mount_path}/inductor",
-            "TRITON_CACHE_DIR": f"{CACHE.mount_path}/triton",
+            "XDG_CACHE_HOME": CACHE_MOUNT,
+            "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_MOUNT}/inductor",
+            "TRITON_CACHE_DIR": f"{CACHE_MOUNT}/triton",
         }
         return env(**(kept if self.service.cache_gib else {}), **self.runtime.env)
 

@@ -35,6 +35,12 @@ def refuse_unsuited(service: Service, runtime: Runtime, *, trained: bool, keys: 
         )
     if runtime.needs_gpu and not service.gpus:
         raise Misplaced(f"runtime {runtime.name!r} computes on GPUs only; gpus: 1, or another runtime", *keys, "gpus")
+    if runtime.is_own and service.adapters and service.gpus > 1:
+        raise Misplaced(
+            f"a replica that is split over {service.gpus} GPUs takes no adapters; gpus: 1, or a package with the adapter merged",
+            *keys,
+            "adapters",
+        )
     for key in sorted(
         {key for key in PLACEHOLDERS.values() if key} & service.model_fields_set - runtime.told - {"gpus", "drain_s"}
     ):

@@ -253,6 +253,11 @@ def test_a_stacks_own_row_takes_the_place_of_one_that_comes_with_slipway(served:
         ("vllm", {"api_keys_secret": "keys"}, "services.0.api_keys_secret: runtime 'vllm' has no such setting"),
         ("sglang", {"max_queued_tokens": 100}, "services.0.max_queued_tokens: runtime 'sglang' has no such setting"),
         ("triton", {"kv_gib": 4}, "services.0.kv_gib: runtime 'triton' has no such setting"),
+        (
+            "slipway",
+            {"gpus": 2, "adapters": [{"name": "sql", "model": "sql"}]},
+            "services.0.adapters: a replica that is split over 2 GPUs takes no adapters",
+        ),
         ("vlm", {}, "services.0.runtime: runtime 'vlm' does not exist; did you mean 'vllm'"),
     ],
 )
@@ -300,6 +305,7 @@ def test_the_own_server_takes_every_flag_of_its_rows(name: str) -> None:
         "model": "s3://registry/models/base/channels/production.json",
         "adapters": ("sql=s3://registry/models/sql/channels/production.json",),
         "dtype": "bfloat16",
+        "gpus": None,
         "admin_host": "127.0.0.1",
     }
     words = command(row, values)
