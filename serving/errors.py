@@ -9,3 +9,10 @@ class Refused(ValueError):
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
         super().__init__(f"{what} ({where}). {fix}")
+
+    @classmethod
+    def repeated(cls, text: str) -> "Refused":
+        """A refusal that another process worded."""
+        error = cls.__new__(cls)
+        ValueError.__init__(error, text)
+        return error

@@ -185,7 +185,7 @@ class EngineProcess:
                 self._loaded.set_result(message)
             case Failed(text, refused):
                 if not self._loaded.done():
-                    self._loaded.set_exception(RefusedByEngine(text) if refused else EngineError(text))
+                    self._loaded.set_exception(Refused.repeated(text) if refused else EngineError(text))
                 self._close(text)
 
     def _deliver(self, step: Step) -> None:
@@ -216,10 +216,3 @@ class EngineProcess:
             self._loaded.set_exception(EngineError(why))
         for stream in set(self._streams.values()):
             stream.put(EngineError(why))
-
-
-class RefusedByEngine(Refused):
-    """A refusal that was worded in the engine process."""
-
-    def __init__(self, text: str) -> None:
-        ValueError.__init__(self, text)

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import cast
 
@@ -17,6 +18,8 @@ from serving.errors import Refused
 from serving.model.config import ModelConfig
 from serving.model.llama import rope_table
 from serving.model.shard import SplitHead, join
+
+ENGINE_DEATH_S = 1.0
 
 
 def main() -> None:
@@ -38,7 +41,11 @@ def main() -> None:
     meet(Store("127.0.0.1", told.port, told.shard.size, is_master=False), told.shard, told.settings)
     begin = inbox.get()
     assert isinstance(begin, Begin)
-    follow(loaded, head, adapters_of(loaded, config, told.settings, told.shard), begin, inbox)
+    try:
+        follow(loaded, head, adapters_of(loaded, config, told.settings, told.shard), begin, inbox)
+    except RuntimeError:
+        time.sleep(ENGINE_DEATH_S)  # a sum fails when the engine has died: that is no news, and `receive` ends this
+        raise
 
 
 @torch.inference_mode()

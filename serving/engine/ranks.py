@@ -96,7 +96,7 @@ class Ranks:
         for connection in self._connections:
             answer = connection.recv()
             if isinstance(answer, Failed):
-                raise RefusedByRank(answer.message)
+                raise Refused.repeated(answer.message)
         meet(self._store, Shard(0, self.size), self._settings)
 
     def send(self, message: Message) -> None:
@@ -125,13 +125,6 @@ class RankedPool:
         ]
         self._ranks.send(Work([token for item in batch for token in item.token_ids], items))
         return self._pool.plan(batch)
-
-
-class RefusedByRank(Refused):
-    """A refusal that was worded in a rank's process."""
-
-    def __init__(self, text: str) -> None:
-        ValueError.__init__(self, text)
 
 
 def meet(store: Store, shard: Shard, settings: Settings) -> None:
