@@ -5,7 +5,8 @@ Two threads for everyone; prompts of 16 to 512 and answers of 32 to 128 tokens, 
 each round so that no cache helps; rounds interleaved, so that a busy machine is busy for all. Rates are by the clock and,
 since on a busy machine the clock says little, by the processor's time. Transformers runs one by one and in static batches
 of 8 (on some of the requests: its rate does not depend on how many wait) and by its own continuous batching, llama.cpp
-with several numbers of slots; from the second round on only the best of each. Rounds end after BUDGET_S seconds.
+with several numbers of slots; from the second round on only the best of each. No round is begun that BUDGET_S seconds
+do not suffice for. bfloat16 takes part (DTYPES) where the processor has products of it: elsewhere a peer would only convert.
 llama.cpp takes part when LLAMA_CPP names its source with `llama-server` built in LLAMA_CPP_BIN
 (`cmake --build … --target llama-server`); its own script converts the package.
 """
@@ -177,7 +178,9 @@ def cpu_s(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def measure(package: Path, dtype: str, servers: dict[int, tuple[subprocess.Popen[bytes], int]]) -> dict[str, Rates]:
+def measure(
+    package: Path, dtype: str, servers: dict[int, tuple[subprocess.Popen[bytes], int]], *, budget_s: float
+) -> dict[str, Rates]:
     """Each family's contenders, with their rates in the rounds; `… prompts` for those of the prompts."""
     engine = Engine.load(package, Settings(model=str(package), dtype=dtype, max_model_len=MAX_LEN))
     reference = AutoModelForCausalLM.from_pretrained(package, dtype=getattr(torch, dtype)).eval()
@@ -210,7 +213,7 @@ def measure(package: Path, dtype: str, servers: dict[int, tuple[subprocess.Popen
                 continue
             print(dtype, round_number, contender.family, contender.name, *(f"{r:.0f}" for r in answers), flush=True)
         contenders = [c for c in contenders if c.name == best(found[c.family])]
-        if (time.perf_counter() - begin_s) * (round_number + 1) / round_number > BUDGET_S / 2:
+        if (time.perf_counter() - begin_s) * (round_number + 1) / round_number > budget_s:
             break
     return found
 
@@ -223,7 +226,8 @@ def rows(dtype: str, found: dict[str, Rates]) -> list[dict[str, object]]:
     def row(mine: str, peer: str, goal: str, unit: str, *, by: str) -> dict[str, object]:
         name, own = best(found[peer]), [getattr(rate, by) for rate in found[mine]["ours"]]
         others = [getattr(rate, by) for rate in found[peer][name]]
-        ratio = statistics.median(a / b for a, b in zip(own, others, strict=True))
+        # Who is best with prompts need not be who is best with answers, and then it ran in the first round only.
+        ratio = statistics.median(a / b for a, b in zip(own, others, strict=False))
         label = f"{dtype}: beside {peer} ({name})"
         values = {"ours": statistics.median(own), "peer": statistics.median(others), "ratio": ratio}
         return {"name": label, **values, "goal": goal, "unit": unit.format("s" if by == "clock" else "CPU second")}
@@ -239,7 +243,9 @@ def rows(dtype: str, found: dict[str, Rates]) -> list[dict[str, object]]:
 def main() -> None:
     found: list[dict[str, object]] = []
     source = os.environ.get("LLAMA_CPP")
-    for dtype in os.environ.get("DTYPES", "float32 bfloat16").split():
+    has_products = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    dtypes = os.environ.get("DTYPES") or ("float32 bfloat16" if has_products else "float32")
+    for dtype in dtypes.split():
         with tempfile.TemporaryDirectory() as folder:
             package = make_package(Path(folder) / "bench", dtype=dtype, **SHAPE)
             servers: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
@@ -247,7 +253,7 @@ def main() -> None:
                 gguf = convert(package, dtype, Path(source)) if source else None
                 for slots in SLOTS if gguf else ():
                     servers[slots] = start_llama_cpp(gguf, slots)
-                found += rows(dtype, measure(package, dtype, servers))
+                found += rows(dtype, measure(package, dtype, servers, budget_s=BUDGET_S / len(dtypes.split())))
             finally:
                 for process, _ in servers.values():
                     process.terminate()
