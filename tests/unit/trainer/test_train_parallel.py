@@ -32,7 +32,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "interleaved pp x cp": {**split(pp=2, cp=2, pp_schedule="interleaved")},
         "tied pp x fsdp": {**split(pp=2, dp_shard=2), **TIED, "test": {"save_at": 2}},
         "tied interleaved pp x tp": {**split(pp=2, tp=2, pp_schedule="interleaved"), **TIED},
-        "documents pp x fsdp": {**split(pp=2, dp_shard=2), **DOCUMENTS},
     },
     8: {
         "pp x fsdp x tp as saved by fsdp x tp": {
