@@ -25,13 +25,27 @@ Json = dict[str, Any]
 PLURALS = {"NetworkPolicy": "networkpolicies"}
 
 
+LISTED = {
+    "pods",
+    "jobs",
+    "deployments",
+    "replicasets",
+    "persistentvolumeclaims",
+    "resourcequotas",
+    "events",
+    "nodes",
+    "horizontalpodautoscalers",
+}
+"""Collections that are asked for besides those of the stack's kinds; any other path is an object's."""
+
+
 class Recorded:
     """Objects by path, and what is asked of them. A dry run answers with what it was sent, as if all else stood so already."""
 
     def __init__(self, manifests: tuple[Json, ...]) -> None:
         self.objects: dict[str, Json] = {}
         self.kinds: dict[str, dict[str, Json]] = {}
-        self.logs: dict[str, str] = {}
+        self.listed, self.logs = set(LISTED), dict[str, str]()
         self.forbidden: set[str] = set()
         for manifest in manifests:
             self.add(copy.deepcopy(manifest))
@@ -40,6 +54,7 @@ class Recorded:
         version, kind = manifest["apiVersion"], manifest["kind"]
         namespace = manifest["metadata"].get("namespace")
         plural = PLURALS.get(kind, f"{kind.lower()}s")
+        self.listed.add(plural)
         self.kinds.setdefault(version, {})[kind] = {"name": plural, "kind": kind, "namespaced": namespace is not None}
         path = (
             f"{root(version)}{f'/namespaces/{namespace}' if namespace else ''}/{plural}/{manifest['metadata']['name']}"
@@ -59,9 +74,9 @@ class Recorded:
         for version, kinds in self.kinds.items():
             if path == root(version):
                 return 200, {"resources": list(kinds.values())}
-        items = [one for where, one in self.objects.items() if where.rpartition("/")[0] == path]
-        known = items or path.startswith((f"/api/v1/namespaces/{NAMESPACE}/", "/apis/"))
-        return (200, {"items": items}) if known else (404, {"message": "not found", "reason": "NotFound"})
+        if path.rpartition("/")[2] in self.listed:
+            return 200, {"items": [one for where, one in self.objects.items() if where.rpartition("/")[0] == path]}
+        return 404, {"message": "not found", "reason": "NotFound"}
 
 
 def root(version: str) -> str:
