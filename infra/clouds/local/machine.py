@@ -125,6 +125,8 @@ def _kill(places: Places) -> bool:
     # The interface goes with its namespace, which the kernel takes down after its last process.
     while Path("/sys/class/net", INTERFACE).exists() and time.monotonic() < until:
         time.sleep(0.05)
+    if Path("/sys/class/net", INTERFACE).exists():  # a loaded kernel takes its time: not waited for any longer
+        run("ip", "link", "delete", INTERFACE)
     return bool(found)
 
 
