@@ -1,6 +1,13 @@
-"""What every run ends with: the tests that were skipped, each by name and reason, so that no skip goes unseen."""
+"""What every run begins and ends with: an interrupt that children hear; skipped tests by name and reason, so that none goes unseen."""
+
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    # A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

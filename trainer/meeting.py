@@ -79,6 +79,7 @@ class MeetingPlace:
         self._founders = [(number, "") for number in range(replicas)]
         self._store = connect(endpoint, purpose)
         self._pulses: dict[int, tuple[str, float]] = {}
+        self._entered: tuple[int, Guest] | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -116,17 +117,22 @@ class MeetingPlace:
         return self._asking(lambda: self._settle(met, "well" if well else "failed"))
 
     def _come(self, me: Guest) -> Round | None:
-        number, expected = self._now()
-        me = replace(me, new=(me.replica, me.life) not in expected)
+        if self._entered is None or replace(self._entered[1], new=False) != me:
+            number, expected = self._now()
+            self._entered = number, replace(me, new=(me.replica, me.life) not in expected)
+        # The others may be a round further by now, where one of them failed before this one saw that it had closed.
+        number, me = self._entered
         self._store.set(f"{number}/guest/{me.replica}", json.dumps(asdict(me)))
         closed = self._read(f"{number}/round")
         if closed is None:
+            _, expected = self._now()
             arrived = self._arrived(number)
             if all(other in arrived or not self._lives(other, life) for other, life in expected):
                 final = any(guest.final for guest in arrived.values() if not guest.new)
                 guests = [asdict(guest) for guest in arrived.values() if not (final and guest.new)]
                 self._write_once(f"{number}/round", json.dumps(guests))
             return None
+        self._entered = None
         met = Round(number, tuple(Guest(**guest) for guest in json.loads(closed)))
         if me in met.guests:
             return met

@@ -15,7 +15,7 @@ from infra.checks import enforce
 from infra.cli.board import Board
 from infra.cli.project import AsJson, Refusal, StackName, me, people, print_json, root, stack_file
 from infra.cli.show import show_findings, show_plan
-from infra.cli.summary import Outcome, curl, outcome_of, show_curve, show_evaluation, stream_completion
+from infra.cli.summary import Outcome, curl, outcome_of, show_curve, show_evaluation, stream_completion, wait_for_answer
 from infra.local import client
 from infra.planner import plan as make_plan
 from infra.spec import Stack, load
@@ -138,9 +138,13 @@ def _run(manifests: Path, state: Path) -> client.Status:
 
 def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
     outcome = outcome_of(_job_lines(final, state_dir(stack)))
-    url = next((workload.url for workload in final.workloads if workload.url), None)
+    router = next((workload.url for workload in final.workloads if workload.url), None)
+    # Each service has a path of its own; the only one has the root too.
+    url = f"{router}/{spec.services[0].name}" if router and len(spec.services) > 1 else router
+    if url and spec.services:
+        _await_endpoint(spec, url)
     if json:
-        print_json({"stack": stack, "endpoint": url} | vars(outcome))
+        print_json({"stack": stack, "endpoint": router} | vars(outcome))
         return
     for warning in final.warnings:
         people.print(f"[yellow]note:[/] {escape(warning)}")
@@ -150,6 +154,15 @@ def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
     if url is None or not spec.services:
         return
     _show_endpoint(spec, outcome, url=url, stack=stack)
+
+
+def _await_endpoint(spec: Stack, url: str) -> None:
+    try:
+        wait_for_answer(url)
+    except ConnectionError as error:
+        raise Refusal(
+            f"the endpoint does not answer ({url}): {error}. Fix: {me()} local logs {spec.services[0].name}"
+        ) from None
 
 
 def _show_endpoint(spec: Stack, outcome: Outcome, *, url: str, stack: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -112,6 +113,27 @@ def _accuracy(by_task: Mapping[str, Any]) -> Table:
         interval = f"{share['low']:.1%} to {share['high']:.1%}"
         table.add_row(what, Text(f"{share['value']:.1%}", style="bold green"), interval, f"{share['count']:,}")
     return table
+
+
+def wait_for_answer(url: str) -> None:
+    """Until the router passes requests on: it probes replicas itself, and may see one a moment after it is ready.
+
+    Raises ConnectionError with the last answer when it still has none after ANSWER_S.
+    """
+    import httpx
+
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            response = httpx.get(f"{url}/v1/models", timeout=ANSWER_S)
+            if response.status_code != 503:
+                return
+            problem = f"503, {response.text.strip()}"
+        except httpx.HTTPError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            raise ConnectionError(problem)
+        time.sleep(0.2)
 
 
 def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, console: Console) -> None:

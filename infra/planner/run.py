@@ -92,6 +92,8 @@ class Kernels:
     attention: Literal["flash1", "flash2", "flash3"] = "flash2"
     """Generation of the flash attention kernel."""
     loss: Loss = "eager"
+    logits_at_once: int | None = None
+    """Most logits that exist at a time; None: all of a forward pass."""
     regather: bool = False
     """Backward gathers a column-parallel layer's input again (Megatron) and does not keep the gathered copy."""
     tp_hidden: float = 0.0

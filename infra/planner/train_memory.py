@@ -114,7 +114,8 @@ def stage_memory(run: Run, *, stage: int) -> dict[str, float]:
     again = working_layer if run.recompute in ("matmul", "every-2nd", "full") else 0
     transient = again + working_layer * (0.25 if run.kernels.fused else 0.5)
     # At the loss there are also the last norm's input and output, and the gradient of the latter; whole on each rank under TP.
-    logits = run.tokens * (shape.vocab / layout.tp * _logit_bytes(run) + 6 * shape.hidden) if last else 0
+    at_once = min(run.tokens * shape.vocab / layout.tp, run.kernels.logits_at_once or float("inf"))
+    logits = at_once * _logit_bytes(run) + run.tokens * 6 * shape.hidden if last else 0
     return {
         "weights, gradients, optimizer": state,
         "gathered weights and buckets": _gathered(run, parameters=parameters, ends=ends),

@@ -15,8 +15,8 @@ from infra.planner.train_memory import memory
 from infra.planner.train_time import hardware_flops_share, step_time
 from infra.spec import NodePool, Parallelism, Training
 
-TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True)
-"""How this repository's trainer runs a step: eager PyTorch, its own RMSNorm, loss over fp32 logits."""
+TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True, logits_at_once=1 << 26)
+"""How this repository's trainer runs a step: eager PyTorch, its own RMSNorm, loss over fp32 logits (trainer/loss.py), in pieces."""
 
 RECOMPUTE: dict[str, Recompute] = {"none": "none", "selective": "matmul", "full": "full"}
 """What a stack calls it, and what the planner does."""

@@ -16,7 +16,7 @@ from infra.components.pipeline import pipeline
 from infra.planner import plan
 from infra.planner.run import Layout
 from infra.planner.trainable import obstacle
-from infra.planner.training import TrainingPlan, plan_training
+from infra.planner.training import TRAINER, TrainingPlan, plan_training
 from infra.render import run
 from infra.spec import Data, Evaluate, Gate, ModelShape, Optim, StackError, Training, load
 from infra.spec.learning import Recover
@@ -33,6 +33,7 @@ from trainer.config import (
 from trainer.data.config import DataConfig
 from trainer.errors import Refused as TrainerRefused
 from trainer.layout import fit_dataset, layout_of
+from trainer.loss import LOGITS_AT_ONCE
 
 from .conftest import NAMES, Json, Objects
 
@@ -411,3 +412,7 @@ def test_a_layout_is_refused_where_the_trainer_would_and_nowhere_else(
     divides = global_batch % (2 * layout.batch_ranks) == 0  # SLW301 says so otherwise
     if divides:
         assert (obstacle(layout, training) is not None) == refused
+
+
+def test_the_planner_knows_how_many_logits_the_trainer_holds() -> None:
+    assert TRAINER.logits_at_once == LOGITS_AT_ONCE["cuda"]
