@@ -2,8 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -142,7 +142,8 @@ def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
     # Each service has a path of its own; the only one has the root too.
     url = f"{router}/{spec.services[0].name}" if router and len(spec.services) > 1 else router
     if url and spec.services:
-        _await_endpoint(spec, url)
+        with _must_answer(spec, url):
+            wait_for_answer(url)
     if json:
         print_json({"stack": stack, "endpoint": router} | vars(outcome))
         return
@@ -156,9 +157,10 @@ def _tell(spec: Stack, final: client.Status, *, stack: str, json: bool) -> None:
     _show_endpoint(spec, outcome, url=url, stack=stack)
 
 
-def _await_endpoint(spec: Stack, url: str) -> None:
+@contextmanager
+def _must_answer(spec: Stack, url: str) -> Generator[None]:
     try:
-        wait_for_answer(url)
+        yield
     except ConnectionError as error:
         raise Refusal(
             f"the endpoint does not answer ({url}): {error}. Fix: {me()} local logs {spec.services[0].name}"
@@ -170,14 +172,10 @@ def _show_endpoint(spec: Stack, outcome: Outcome, *, url: str, stack: str) -> No
     sample = spec.training.evaluate.sample if spec.training else None
     prompt = sample.prompt if sample else PROMPT
     people.print(f"\n[bold green]{model}[/] answers at [bold]{url}[/]:\n")
-    try:
+    with _must_answer(spec, url):
         stream_completion(
             url, model=model, prompt=prompt, max_tokens=sample.max_tokens if sample else 64, console=people
         )
-    except ConnectionError as error:
-        raise Refusal(
-            f"the endpoint does not answer: {error}. Fix: {me()} local logs {spec.services[0].name}"
-        ) from None
     people.print("\nTry next:", style="bold")
     for command in (curl(url, model=model, prompt=prompt), f"{me()} local status -s {stack}", "make down"):
         people.print(f"  {command}", markup=False)

@@ -1,7 +1,6 @@
 """The real Envoy with a rendered configuration, before real HTTP servers, with its endpoints in a file as on one machine."""
 
 import json
-import socket
 import subprocess
 import sysconfig
 import threading
@@ -18,6 +17,7 @@ import yaml
 from infra.components.envoy import ADMIN_PORT, HTTP_PORT, METRICS_PORT, Backend, bootstrap
 from infra.local import envoy as local_envoy
 from infra.spec import Router
+from tests.ports import free_ports
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
 CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",))
@@ -152,16 +152,6 @@ def routed(tmp_path: Path) -> Iterator[Callable[..., Routed]]:
     yield make
     for one in made:
         one.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def until(true: Callable[[], bool], within_s: float = 15) -> None:

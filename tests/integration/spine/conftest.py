@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 LONGEST_S = 240
@@ -51,12 +52,6 @@ TINY: dict[str, Any] = {
     ],
     "slipway:router": {"port": 0, "replicas": 1},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as picked:
-        picked.bind(("127.0.0.1", 0))
-        return picked.getsockname()[1]
 
 
 @dataclass

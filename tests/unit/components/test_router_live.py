@@ -18,6 +18,7 @@ import yaml
 
 from infra.components.envoy import ADMIN_PORT, HTTP_PORT, METRICS_PORT, Backend, bootstrap
 from infra.spec import Router
+from tests.ports import free_ports
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
 CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",))
@@ -77,16 +78,6 @@ def replicas() -> Iterator[list[Replica]]:
     for server in servers:
         server.shutdown()
         server.server_close()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @contextmanager

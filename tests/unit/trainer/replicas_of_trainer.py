@@ -5,7 +5,6 @@ Forked from the test, they share the seconds that imports take. Each rank is wha
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -14,15 +13,10 @@ from pathlib import Path
 
 import torch
 
+from tests.ports import free_port
 from trainer.config import TrainConfig
 from trainer.errors import StopSignal
 from trainer.train import train
-
-
-def free_port() -> int:
-    with socket.socket() as picked:
-        picked.bind(("127.0.0.1", 0))
-        return picked.getsockname()[1]
 
 
 def fork(act: Callable[[], None], *, said: Path) -> int:

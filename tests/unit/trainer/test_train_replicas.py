@@ -20,7 +20,7 @@ from trainer.errors import Failed, Refused, StopSignal
 from trainer.meeting import MeetingPlace, Round
 from trainer.train import train
 
-LOST_AFTER_S = 2.0
+LOST_AFTER_S = 10.0  # a busy machine may keep a living one from its turn for seconds
 LOCAL = {"every_steps": 5, "fragments": 2, "outer_momentum": 0.5, "launches": 3, "lost_after_s": LOST_AFTER_S}
 CONFIG = {
     **TRAIN,
