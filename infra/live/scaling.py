@@ -1,5 +1,6 @@
 """What an autoscaler sees and why it does not do more: pure functions of objects."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,16 +8,45 @@ from infra.live.snapshot import Snapshot
 from infra.local.objects import entries, section
 
 Json = dict[str, Any]
+_OF_KEDA = re.compile(r"s(\d+)-")
+"""How names of metrics begin that KEDA answers: by the number of the trigger."""
+_SERIES = re.compile(r"slipway_\w+")
 
 
 def scaling_of(deployment: Json, seen: Snapshot) -> list[str]:
-    """Of each HorizontalPodAutoscaler (KEDA's too) of a Deployment: what it measures, what it wants, what holds it."""
+    """Of each ScaledObject and HorizontalPodAutoscaler of a Deployment: what it measures, what it wants, what holds it."""
     name = deployment["metadata"]["name"]
-    own = [a for a in seen.autoscalers if a["spec"]["scaleTargetRef"]["name"] == name]
-    return [said for autoscaler in own for said in _say(autoscaler)]
+    objects = [one for one in seen.scaled_objects if one["spec"]["scaleTargetRef"]["name"] == name]
+    own = [one for one in seen.autoscalers if one["spec"]["scaleTargetRef"]["name"] == name]
+    triggers = [trigger for one in objects for trigger in entries(one["spec"], "triggers")]
+    return [
+        *(said for one in objects for said in _say_keda(one, deployment)),
+        *(said for one in own for said in _say(one, triggers)),
+    ]
 
 
-def _say(autoscaler: Json) -> Iterator[str]:
+def _say_keda(scaled: Json, deployment: Json) -> Iterator[str]:
+    """What KEDA itself says; how many replicas there are to be, the autoscaler that it makes says."""
+    conditions = {one["type"]: one for one in entries(section(scaled, "status"), "conditions")}
+    ready = conditions.get("Ready")
+    asked = ", ".join(section(one, "metadata").get("serverAddress", "") for one in entries(scaled["spec"], "triggers"))
+    if ready is None:
+        yield "KEDA has not taken up its ScaledObject yet; is KEDA there?"
+    elif ready["status"] != "True":
+        yield f"KEDA cannot scale it: {ready.get('message')}; does Prometheus answer at {asked}?"
+    elif _holds(conditions.get("Paused")):
+        yield "KEDA rests: its ScaledObject is paused"
+    elif _holds(conditions.get("Fallback")):
+        yield f"KEDA gets no answer of {asked}, and keeps to its fallback"
+    elif deployment["spec"].get("replicas") == 0 and scaled["spec"].get("minReplicaCount") == 0:
+        yield "no request for a while, so KEDA keeps no replica; the next one brings it back"
+
+
+def _holds(condition: Json | None) -> bool:
+    return condition is not None and condition["status"] == "True"
+
+
+def _say(autoscaler: Json, triggers: list[Json]) -> Iterator[str]:
     spec, status = autoscaler["spec"], section(autoscaler, "status")
     conditions = {c["type"]: c for c in entries(status, "conditions")}
     active = conditions.get("ScalingActive")
@@ -27,7 +57,7 @@ def _say(autoscaler: Json) -> Iterator[str]:
         else:
             yield f"the autoscaler sees nothing: {_cause(active)}; {_mend(active.get('reason', ''))}"
         return
-    seen = ", ".join(_metrics(spec, status)) or "no measurement yet"
+    seen = ", ".join(_metrics(spec, status, triggers)) or "no measurement yet"
     current, wanted = status.get("currentReplicas", 0), status.get("desiredReplicas", 0)
     yield f"autoscaler: {seen}; {current} of {least} to {most} replicas" + (
         f", wants {wanted}" if wanted != current else ""
@@ -39,13 +69,22 @@ def _say(autoscaler: Json) -> Iterator[str]:
         yield f"the autoscaler cannot scale: {able.get('message', '')}"
 
 
-def _metrics(spec: Json, status: Json) -> Iterator[str]:
+def _metrics(spec: Json, status: Json, triggers: list[Json]) -> Iterator[str]:
     """`slipway_serve_requests_in_flight 3 a replica (8 wanted)`."""
     found = {_name(metric): metric for metric in entries(status, "currentMetrics") if _name(metric)}
     for metric in entries(spec, "metrics"):
         name, target = _name(metric), _amount(section(_body(metric), "target"))
         current = _amount(section(_body(found[name]), "current")) if name in found else None
-        yield f"{name} {'not measured' if current is None else current} ({target} wanted)"
+        yield f"{_meaning(name, triggers)} {'not measured' if current is None else current} ({target} wanted)"
+
+
+def _meaning(name: str, triggers: list[Json]) -> str:
+    """What is measured: KEDA's `s0-prometheus` is what its first trigger asks Prometheus for."""
+    of_keda = _OF_KEDA.match(name)
+    if of_keda and int(of_keda[1]) < len(triggers):
+        series = _SERIES.search(section(triggers[int(of_keda[1])], "metadata").get("query", ""))
+        return f"{series[0]} by KEDA" if series else name
+    return name
 
 
 def _body(metric: Json) -> Json:

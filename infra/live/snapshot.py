@@ -20,6 +20,7 @@ class Snapshot:
     replica_sets: list[Json] = field(default_factory=list[Json])
     claims: list[Json] = field(default_factory=list[Json])
     autoscalers: list[Json] = field(default_factory=list[Json])
+    scaled_objects: list[Json] = field(default_factory=list[Json])
     quotas: list[Json] = field(default_factory=list[Json])
     events: list[Json] = field(default_factory=list[Json])
     nodes: list[Json] = field(default_factory=list[Json])
@@ -69,6 +70,7 @@ def snapshot(cluster: Cluster, namespace: str) -> Snapshot:
         replica_sets=several(f"/apis/apps/v1{inside}/replicasets"),
         claims=several(f"{core}{inside}/persistentvolumeclaims"),
         autoscalers=several(f"/apis/autoscaling/v2{inside}/horizontalpodautoscalers"),
+        scaled_objects=several(f"/apis/keda.sh/v1alpha1{inside}/scaledobjects"),
         quotas=several(f"{core}{inside}/resourcequotas"),
         events=several(f"{core}{inside}/events"),
         nodes=several(f"{core}/nodes"),

@@ -125,5 +125,35 @@ def autoscaler(
     }
 
 
+def scaled_object(*, least: int = 1, ready: Json | None = None, **conditions: str) -> Json:
+    """KEDA's; `conditions` by type."""
+    trigger = {
+        "type": "prometheus",
+        "metadata": {
+            "serverAddress": "http://prometheus-operated.monitoring:9090",
+            "query": 'sum(slipway_serve_requests_in_flight{namespace="ns", inference_service="chat"})',
+        },
+    }
+    told = [{"type": "Ready", "status": "True"} | (ready or {})]
+    return {
+        "metadata": {"name": "chat"},
+        "spec": {"scaleTargetRef": {"name": "chat"}, "minReplicaCount": least, "triggers": [trigger]},
+        "status": {"conditions": [*told, *({"type": kind, "status": status} for kind, status in conditions.items())]},
+    }
+
+
+def keda_autoscaler(*, measured: str = "3500m") -> Json:
+    """What KEDA makes of it."""
+    body = {"metric": {"name": "s0-prometheus"}}
+    metric = {"type": "External", "external": body | {"target": {"type": "AverageValue", "averageValue": "8"}}}
+    now = {"type": "External", "external": body | {"current": {"averageValue": measured}}}
+    plain = autoscaler()
+    return plain | {
+        "metadata": {"name": "keda-hpa-chat"},
+        "spec": plain["spec"] | {"metrics": [metric]},
+        "status": plain["status"] | {"currentMetrics": [now]},
+    }
+
+
 def seen(*pods: Json, **more: Any) -> Snapshot:
     return Snapshot(pods=list(pods), **more)

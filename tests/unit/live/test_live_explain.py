@@ -271,6 +271,33 @@ def test_an_autoscaler_says_what_it_sees(scaler: dict[str, Any], says: str) -> N
     assert says in " ".join(only(k8s.seen(deployments=[k8s.deployment()], autoscalers=[scaler])).says)
 
 
+def test_what_keda_measures_has_its_own_name() -> None:
+    snapshot = k8s.seen(
+        deployments=[k8s.deployment()], autoscalers=[k8s.keda_autoscaler()], scaled_objects=[k8s.scaled_object()]
+    )
+    says = " ".join(only(snapshot).says)
+    assert "slipway_serve_requests_in_flight by KEDA 3.5 (8 wanted); 2 of 1 to 3 replicas" in says
+
+
+@pytest.mark.parametrize(
+    ("scaled", "replicas", "says"),
+    [
+        (
+            k8s.scaled_object(ready={"status": "False", "message": "no such host"}),
+            2,
+            "no such host; does Prometheus answer at http://prometheus-operated.monitoring:9090?",
+        ),
+        (k8s.scaled_object() | {"status": {}}, 2, "is KEDA there?"),
+        (k8s.scaled_object(Paused="True"), 2, "is paused"),
+        (k8s.scaled_object(Fallback="True"), 2, "keeps to its fallback"),
+        (k8s.scaled_object(least=0), 0, "the next one brings it back"),
+    ],
+)
+def test_keda_says_what_holds_it(scaled: dict[str, Any], replicas: int, says: str) -> None:
+    snapshot = k8s.seen(deployments=[k8s.deployment(wanted=replicas)], scaled_objects=[scaled])
+    assert says in " ".join(only(snapshot).says)
+
+
 def test_a_full_quota_and_an_unbound_volume_have_lines_of_their_own() -> None:
     quota = {
         "metadata": {"name": "quota"},
