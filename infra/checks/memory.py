@@ -60,7 +60,9 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 severity="error",
                 where=f"services.{service.name}.kv_gib",
                 message=f"the KV cache holds {service.kv_tokens} tokens, and one request may have {service.max_model_len}",
-                fix=f"max_model_len: {service.kv_tokens}, or a larger kv_gib",
+                fix=f"max_model_len: {service.kv_tokens}, or a larger kv_gib"
+                if service.kv_tokens
+                else "a larger kv_gib",
                 patch=_room_for_context(service, kv_gib=declared[service.name].kv_gib),
             )
     for spec in stack.services:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.cli.project import Refusal, root
+from infra.cli.project import Refusal, planned, root
 from infra.planner import Plan, ServicePlan, TrainingPlan
-from infra.planner import plan as make_plan
-from infra.spec import Stack, StackError, load
+from infra.spec import StackError
 
 Fact = int | float | str | None
 
@@ -101,11 +100,11 @@ def plan_of(reference: str, *, stack: str) -> Plan:
         there = [path for path in (folder / name, folder / "stacks" / name) if path.is_file()]
         if not there:
             raise Refusal(f"no {name} in it or its stacks/ ({folder}). Fix: name a folder that has the stack")
-        return make_plan(load(there[0]))
-    return make_plan(_at_revision(reference, stack=stack))
+        return planned(there[0])
+    return _at_revision(reference, stack=stack)
 
 
-def _at_revision(revision: str, *, stack: str) -> Stack:
+def _at_revision(revision: str, *, stack: str) -> Plan:
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit.returncode:
         raise Refusal(f"neither a folder nor a Git revision ({revision}). Fix: --against main, or a folder")
@@ -117,7 +116,7 @@ def _at_revision(revision: str, *, stack: str) -> Stack:
         file = Path(folder) / Path(name).name
         file.write_bytes(shown.stdout)
         try:
-            return load(file)
+            return planned(file)
         except StackError as error:
             raise Refusal(str(error).replace(str(file), f"{revision}:{name}")) from None
 

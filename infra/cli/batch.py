@@ -14,9 +14,11 @@ from infra.checks import enforce
 from infra.cli.board import Board
 from infra.cli.local import INTERRUPTED, state_dir
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
-from infra.local import client
+from infra.cli.secret import secrets_of
+from infra.local import Secrets, client
 from infra.planner import plan as make_plan
 from infra.spec import Service, Stack, load, unknown
+from infra.spec.document import read_document
 
 TMP = "/tmp"  # noqa: S108 — as the pods have it
 FROM_SERVICE = ("model", "channel", "pool", "gpus", "resources", "max_model_len", "max_num_seqs", "kv_gib", "dtype")
@@ -69,10 +71,10 @@ def batch(
         from infra.render import render  # Pulumi's import takes a second, which a refusal need not wait for
 
         manifests = out or state_dir(stack) / "manifests"
-        rendered = render(with_batch, manifests)
+        rendered = render(with_batch, manifests, here=out is None)
     job = rendered.outputs["batches"][-1]
     if out is None:
-        _run(manifests, state_dir(stack))
+        _run(manifests, state_dir(stack), secrets_of(stack))
     said = {"stack": stack, "job": job, "answers": f"{output.rstrip('/')}/answers.jsonl"}
     if json:
         print_json(said | {"manifests": None if out is None else str(out)})
@@ -98,7 +100,7 @@ def _of_service(spec: Stack, name: str | None) -> dict[str, Any]:
 
 def _added(file: Path, asked: dict[str, Any]) -> str:
     """The stack file's text with one batch more."""
-    document: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document = read_document(file.read_text(encoding="utf-8-sig")).values
     document["config"].setdefault("slipway:batches", []).append(asked)
     return yaml.safe_dump(document, sort_keys=False)
 
@@ -113,10 +115,10 @@ def _absolute(url: str) -> str:
     return str(path)
 
 
-def _run(manifests: Path, state: Path) -> None:
+def _run(manifests: Path, state: Path, secrets: Secrets) -> None:
     """Bring the stack up with the batch, and return when it is answered."""
     try:
-        with closing(client.up(manifests, state)) as events, Board(people) as board:
+        with closing(client.up(manifests, state, secrets=secrets)) as events, Board(people) as board:
             for event in events:
                 if event.type == "log" and event.event:
                     board.see(event.event)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from infra.apply import ApiError
 from infra.cli.apply import Kubeconfig
-from infra.cli.local import INTERRUPTED
+from infra.cli.local import API_KEY, INTERRUPTED
 from infra.cli.project import Refusal, StackName, me, people, stack_file
 from infra.cli.target import cluster_of, local_state, told
 from infra.live.endpoint import endpoint
@@ -33,7 +33,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.7,
     key: Annotated[
-        str | None, typer.Option("--key", envvar="SLIPWAY_API_KEY", help="API key, where the service asks for one.")
+        str | None, typer.Option("--key", envvar=API_KEY, help="API key, where the service asks for one.")
     ] = None,
 ) -> None:
     """Talk to a model of the stack; answers stream as they are written.

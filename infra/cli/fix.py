@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infra.checks import Finding, check
 from infra.cli.edit import apply
-from infra.cli.project import Refusal
+from infra.cli.project import Refusal, planned
 from infra.planner import plan
 from infra.spec import load
 
@@ -26,7 +26,7 @@ class Fixed:
 
 def fix(file: Path) -> Fixed:
     """Mend the stack file, all at once and whole. Raises StackError for one that cannot be read, Refusal where it cannot be written."""
-    load(file)  # its errors name the file itself
+    planned(file)  # its errors name the file itself
     before = file.read_bytes().decode()
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / file.name

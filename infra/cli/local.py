@@ -1,5 +1,6 @@
 """`slipway local`: run a stack's rendered manifests as processes of this machine."""
 
+import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -14,18 +15,23 @@ from rich.table import Table
 from infra.checks import enforce
 from infra.cli.board import Board
 from infra.cli.project import AsJson, Refusal, StackName, me, people, print_json, root, stack_file
+from infra.cli.project import planned as plan_file
+from infra.cli.secret import app as secret_app
+from infra.cli.secret import require_api_keys
 from infra.cli.show import show_findings, show_plan
 from infra.cli.summary import Outcome, curl, outcome_of, show_curve, show_evaluation, stream_completion, wait_for_answer
-from infra.local import client
-from infra.planner import plan as make_plan
-from infra.spec import Stack, load
+from infra.local import Secrets, client
+from infra.spec import Stack
 
 app = typer.Typer(
     help="Run a stack on this machine: its rendered Jobs and Deployments as processes. No cluster, no container engine.",
     no_args_is_help=True,
 )
+app.add_typer(secret_app, name="secret")
 
 INTERRUPTED = 130
+API_KEY = "SLIPWAY_API_KEY"
+"""Variable with an API key, where the service asks for one."""
 PROMPT = "def "
 
 
@@ -40,18 +46,20 @@ def up(stack: StackName = "local", json: AsJson = False) -> None:
 
     Only what the stack file's changes touch is run again. Ctrl-C stops everything; the next `up` goes on where it was.
     """
-    planned = make_plan(load(stack_file(stack)))
+    file = stack_file(stack)
+    planned = plan_file(file)
     spec = planned.stack
     show_plan(planned, stack=stack, console=people)
-    show_findings(enforce(spec, planned), console=people)
+    show_findings(enforce(spec, planned), console=people, file=file)
+    secrets = require_api_keys(spec, stack)
     from infra.render import render  # Pulumi's import takes a second: not before the plan is on the screen
 
     manifests = state_dir(stack) / "manifests"
     try:
         with people.status("declaring the stack"):
-            render(stack_file(stack), manifests, here=True)
+            render(file, manifests, here=True)
         people.print()
-        final = _run(manifests, state_dir(stack))
+        final = _run(manifests, state_dir(stack), secrets)
     except client.LocalError as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -120,10 +128,10 @@ def logs(
         sys.exit(INTERRUPTED)
 
 
-def _run(manifests: Path, state: Path) -> client.Status:
+def _run(manifests: Path, state: Path, secrets: Secrets) -> client.Status:
     """Bring the manifests up, drawing what happens. Returns the settled status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: back only when nothing is left
-    with closing(client.up(manifests, state)) as events, Board(people) as board:
+    with closing(client.up(manifests, state, secrets=secrets)) as events, Board(people) as board:
         try:
             for event in events:
                 if event.type == "log" and event.event:
@@ -171,13 +179,17 @@ def _show_endpoint(spec: Stack, outcome: Outcome, *, url: str, stack: str) -> No
     model = spec.services[0].model
     sample = spec.training.evaluate.sample if spec.training else None
     prompt = sample.prompt if sample else PROMPT
-    people.print(f"\n[bold green]{model}[/] answers at [bold]{url}[/]:\n")
-    with _must_answer(spec, url):
-        stream_completion(
-            url, model=model, prompt=prompt, max_tokens=sample.max_tokens if sample else 64, console=people
-        )
+    key, asks = os.environ.get(API_KEY), spec.services[0].api_keys_secret is not None
+    if asks and not key:
+        people.print(f"\n[bold green]{model}[/] answers at [bold]{url}[/] who has an API key ({API_KEY}).")
+    else:
+        people.print(f"\n[bold green]{model}[/] answers at [bold]{url}[/]:\n")
+        with _must_answer(spec, url):
+            tokens = sample.max_tokens if sample else 64
+            stream_completion(url, model=model, prompt=prompt, max_tokens=tokens, key=key, console=people)
     people.print("\nTry next:", style="bold")
-    for command in (curl(url, model=model, prompt=prompt), f"{me()} local status -s {stack}", "make down"):
+    ask = curl(url, model=model, prompt=prompt, key=API_KEY if asks else None)
+    for command in (ask, f"{me()} local status -s {stack}", "make down"):
         people.print(f"  {command}", markup=False)
     if "report" in outcome.artifacts:
         people.print(f"report: {outcome.artifacts['report']}", style="dim")

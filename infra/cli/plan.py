@@ -10,11 +10,11 @@ from infra.cli.against import Change, changes, plan_of
 from infra.cli.edit import difference
 from infra.cli.fix import Fixed, fix
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
+from infra.cli.project import planned as plan_file
 from infra.cli.report import page
 from infra.cli.show import show_changes, show_diff, show_findings, show_plan
 from infra.planner import Plan, to_json
-from infra.planner import plan as make_plan
-from infra.spec import load
+from infra.spec import line_finder
 
 
 def plan(
@@ -37,14 +37,13 @@ def plan(
     """
     file = stack_file(stack)
     fixed = fix(file) if mend else None
-    planned_stack = load(file)
-    planned = make_plan(planned_stack)
-    findings = check(planned_stack, planned)
+    planned = plan_file(file)
+    findings = check(planned.stack, planned)
     differs = None if against is None else changes(plan_of(against, stack=stack), planned)
     if html:
         _write(html, page(planned, findings, stack=stack, changes=differs, against=against))
     if json:
-        print_json(_document(planned, findings, stack=stack, fixed=fixed, differs=differs))
+        print_json(_document(planned, findings, stack=stack, file=file, fixed=fixed, differs=differs))
     else:
         _show(planned, findings, stack=stack, file=file, fixed=fixed)
         if differs is not None:
@@ -59,16 +58,23 @@ def _show(planned: Plan, findings: tuple[Finding, ...], *, stack: str, file: Pat
     if fixed:
         show_diff(difference(fixed.before, fixed.after, file=file), applied=fixed.applied, console=people)
     show_plan(planned, stack=stack, console=people)
-    show_findings(findings, console=people)
+    show_findings(findings, console=people, file=file)
 
 
 def _document(
-    planned: Plan, findings: tuple[Finding, ...], *, stack: str, fixed: Fixed | None, differs: list[Change] | None
+    planned: Plan,
+    findings: tuple[Finding, ...],
+    *,
+    stack: str,
+    file: Path,
+    fixed: Fixed | None,
+    differs: list[Change] | None,
 ) -> dict[str, Any]:
+    line_of = line_finder(file)
     document: dict[str, Any] = {
         "stack": stack,
         "plan": to_json(planned),
-        "findings": [finding.to_json() for finding in findings],
+        "findings": [finding.to_json() | {"line": line_of(finding.where)} for finding in findings],
     }
     if fixed:
         document["fixed"] = [finding.to_json() for finding in fixed.applied]

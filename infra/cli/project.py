@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from infra.spec import StackError
+from infra.planner import Plan, plan
+from infra.spec import StackError, load, located
 
 people = Console(stderr=True, highlight=False, soft_wrap=True)
 """People's text goes to stderr; stdout is for what the command makes."""
@@ -40,6 +41,12 @@ def stack_file(stack: str) -> Path:
         there = sorted(p.name.removeprefix("Pulumi.").removesuffix(".yaml") for p in path.parent.glob("Pulumi.*.yaml"))
         raise StackError(f"stack {stack!r} does not exist; there is {', '.join(there) or 'none'}")
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def planned(file: Path) -> Plan:
+    """The plan of a stack file. Raises StackError, with the line of what cannot be."""
+    with located(file):
+        return plan(load(file))
 
 
 def me() -> str:

@@ -1,6 +1,7 @@
 """How a plan and its findings look on a terminal."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -9,6 +10,7 @@ from rich.text import Text
 from infra.checks import Finding
 from infra.cli.against import Change
 from infra.planner import Estimate, Plan, ServicePlan, TrainingPlan
+from infra.spec import line_finder
 
 WIDTH_OF_BAR = 24
 FILLS = "█▓▒░▚"
@@ -27,14 +29,16 @@ def show_plan(plan: Plan, *, stack: str, console: Console) -> None:
     )
 
 
-def show_findings(findings: Iterable[Finding], *, console: Console) -> None:
-    """Each finding with its numbers and its fix."""
+def show_findings(findings: Iterable[Finding], *, console: Console, file: Path | None = None) -> None:
+    """Each finding with its numbers and its fix, and of a stack file the line that it is about."""
+    line_of = line_finder(file) if file else None
     for finding in findings:
         colour = "red" if finding.severity == "error" else "yellow"
         console.print(
             Text.assemble(
                 (f"{finding.code} {finding.severity} ", f"bold {colour}"),
                 (finding.where, "bold"),
+                (f" {file}:{line_of(finding.where)}" if line_of else "", "dim"),
                 f": {finding.message}",
             )
         )

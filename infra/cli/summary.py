@@ -136,14 +136,15 @@ def wait_for_answer(url: str) -> None:
         time.sleep(0.2)
 
 
-def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, console: Console) -> None:
+def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, key: str | None, console: Console) -> None:
     """Ask the endpoint and show the answer as it comes. Raises ConnectionError when it does not answer."""
     import httpx  # here: every other command would start 0.1 s later
 
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0.6, "seed": 1, "stream": True}
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     console.print(Text(prompt, style="dim"), end="")
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=ANSWER_S) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=ANSWER_S) as response:
             if response.status_code != 200:
                 response.read()
                 response.raise_for_status()
@@ -156,7 +157,8 @@ def stream_completion(url: str, *, model: str, prompt: str, max_tokens: int, con
     console.print()
 
 
-def curl(url: str, *, model: str, prompt: str) -> str:
-    """A command that asks the endpoint, for people to copy."""
+def curl(url: str, *, model: str, prompt: str, key: str | None) -> str:
+    """A command that asks the endpoint, for people to copy; `key` is the variable with an API key."""
     body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 64})
-    return f"curl -s {url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
+    header = f'-H "authorization: Bearer ${key}" ' if key else ""
+    return f"curl -s {url}/v1/completions {header}-H 'content-type: application/json' -d {shlex.quote(body)}"

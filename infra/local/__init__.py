@@ -5,6 +5,7 @@ starts owns the processes and outlives the caller.
 """
 
 from infra.local.client import Down, Event, LocalError, LogLine, down, logs, status, up
+from infra.local.secrets import Secrets
 from infra.local.status import PodStatus, Status, WorkloadStatus
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LocalError",
     "LogLine",
     "PodStatus",
+    "Secrets",
     "Status",
     "WorkloadStatus",
     "down",

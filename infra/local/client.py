@@ -20,6 +20,7 @@ from infra.local.objects import Json, ManifestError, Manifests
 from infra.local.plan import REPOSITORY
 from infra.local.pod import LONGEST_GRACE_S
 from infra.local.processes import STATE_MARK, kill_marked, marked
+from infra.local.secrets import Secrets
 from infra.local.status import Status, read_status
 
 _START_S = 30.0
@@ -65,8 +66,10 @@ class LogLine:
     text: str
 
 
-def up(manifests_dir: Path, state_dir: Path) -> Generator[Event]:
+def up(manifests_dir: Path, state_dir: Path, *, secrets: Secrets | None = None) -> Generator[Event]:
     """Run the manifests, and tell of the progress until every Job is complete and every Deployment ready.
+
+    `secrets` has what the manifests name and do not hold.
 
     Then they keep running without the caller. When the iteration ends earlier (Ctrl-C, `close()`, the caller's death),
     everything is stopped. Iterate under `contextlib.closing`, so that the caller waits for that.
@@ -82,7 +85,8 @@ def up(manifests_dir: Path, state_dir: Path) -> Generator[Event]:
     with _alone(state_dir):
         finished = False
         try:
-            with _request(state_dir, {"op": "up", "objects": manifests.objects}) as answers:
+            kept = {"directory": str(secrets.directory), "command": secrets.command} if secrets else None
+            with _request(state_dir, {"op": "up", "objects": manifests.objects, "secrets": kept}) as answers:
                 for answer in answers:
                     match answer["type"]:
                         case "status":

@@ -2,12 +2,13 @@
 
 import asyncio
 
-from infra.local.objects import Workload, digest, int_or_percent, section
+from infra.local.objects import ManifestError, Workload, digest, int_or_percent, section
 from infra.local.pod import Host, Pod, PodExit
 from infra.local.status import WorkloadStatus
 
 # A pod that starts so often without becoming ready is told of as a failure to whoever waits for it.
 _CRASHES_UNTIL_FAILED = 3
+_LOOK_AGAIN_S = 5.0
 
 
 class DeploymentController:
@@ -17,6 +18,7 @@ class DeploymentController:
         self._host = host
         self._pods: dict[int, tuple[Pod, asyncio.Task[PodExit]]] = {}
         self._wake = asyncio.Event()
+        self._refused = ""
         self.update(workload, published=published)
 
     @property
@@ -46,7 +48,8 @@ class DeploymentController:
             state, reason = "Ready", ""
         else:
             state = "Running" if any(p.state in ("Running", "Ready") for p in live) else "Waiting"
-            reason = next((p.reason for p in live if p.reason), "rolling out" if pods else "waiting to start")
+            waiting = self._refused or ("rolling out" if pods else "waiting to start")
+            reason = next((p.reason for p in live if p.reason), waiting)
         return WorkloadStatus(
             kind="Deployment",
             name=self.workload.name,
@@ -116,7 +119,15 @@ class DeploymentController:
         slot = next(s for s in range(len(self._pods) + 1) if s not in self._pods)
         if self._published and slot >= self.workload.count:
             return False
-        pod = Pod(self._host.planner.pod(self.workload, slot), template=self._template, host=self._host)
+        try:
+            plan = self._host.planner.pod(self.workload, slot)
+        except ManifestError as error:  # a Secret of the user's has gone since
+            self._refused = str(error)
+            self._host.changed()
+            asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self.wake)
+            return False
+        self._refused = ""
+        pod = Pod(plan, template=self._template, host=self._host)
         task = pod.start()
         self._pods[slot] = (pod, task)
         task.add_done_callback(self._on_end)
@@ -127,7 +138,7 @@ class DeploymentController:
         if error:
             print(f"{self.workload.key}: {error!r}", flush=True)
         # A pod that could not be set up, on a full disk for one, is not tried in a tight loop.
-        asyncio.get_running_loop().call_later(5.0 if error else 0.0, self.wake)
+        asyncio.get_running_loop().call_later(_LOOK_AGAIN_S if error else 0.0, self.wake)
 
     @property
     def _recreates(self) -> bool:

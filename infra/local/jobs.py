@@ -3,7 +3,7 @@
 import asyncio
 from typing import cast
 
-from infra.local.objects import Json, Workload, digest, entries, section
+from infra.local.objects import Json, ManifestError, Workload, digest, entries, section
 from infra.local.pod import Host, Pod, PodExit, back_off_s
 from infra.local.status import WorkloadStatus
 
@@ -112,7 +112,10 @@ class JobController:
                 await asyncio.sleep(delay_s)
 
     async def _run_pod(self, index: int) -> PodExit:
-        plan = self._host.planner.pod(self.workload, index)
+        try:
+            plan = self._host.planner.pod(self.workload, index)
+        except ManifestError as error:  # a Secret of the user's has gone since
+            raise JobFailedError(str(error), 2) from None
         if index in self._pods:
             self._restarts += self._pods[index].restarts + 1
         pod = self._pods[index] = Pod(plan, template=digest(self.workload.template), host=self._host)

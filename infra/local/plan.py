@@ -1,6 +1,5 @@
 """From one pod of a workload to what is run: arguments, environment, files and ports. Nothing is started or written."""
 
-import base64
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ import yaml
 from infra.local import envoy, rewrite
 from infra.local.addresses import LOOPBACK, AddressBook
 from infra.local.objects import Json, ManifestError, Manifests, Workload, entries, quantity, section
+from infra.local.secrets import Secrets
+from infra.local.sources import Sources
 
 # What of the caller's environment a process sees: no secrets by accident.
 _PASSED_ON = ("PATH", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
@@ -60,6 +61,7 @@ class PodPlan:
     containers: list[ContainerPlan]
     directories: list[Path]
     files: dict[Path, str]
+    links: dict[Path, Path]
     endpoint_files: list[envoy.EndpointFile]
     namespace: str
     restart_policy: str
@@ -70,10 +72,14 @@ class PodPlan:
 class Planner:
     """Plans pods of one set of manifests. Raises ManifestError for what cannot run on one machine."""
 
-    def __init__(self, *, manifests: Manifests, book: AddressBook, state_dir: Path) -> None:
+    def __init__(
+        self, *, manifests: Manifests, book: AddressBook, state_dir: Path, secrets: Secrets | None = None
+    ) -> None:
+        """`secrets` are the user's own, for what the manifests name and do not hold."""
         self.manifests = manifests
         self.book = book
         self.state_dir = state_dir
+        self.secrets = secrets
 
     def pod(self, workload: Workload, slot: int) -> PodPlan:
         return _Pod(self, workload, slot).plan()
@@ -85,11 +91,13 @@ class _Pod:
     def __init__(self, planner: Planner, workload: Workload, slot: int) -> None:
         self.manifests, self.book, self.workload, self.slot = planner.manifests, planner.book, workload, slot
         self.state_dir = planner.state_dir
+        self.sources = Sources(planner.manifests, planner.secrets, workload)
         self.name = workload.pod_name(slot)
         self.directory = planner.state_dir / "pods" / self.name
         self.ports = self.book.ports(workload, slot)
         self.directories: list[Path] = [self.directory, self.directory / "tmp"]
         self.files: dict[Path, str] = {}
+        self.links: dict[Path, Path] = {}
         self.endpoint_files: list[envoy.EndpointFile] = []
         self.volumes = {v["name"]: self._volume(v) for v in entries(workload.pod_spec, "volumes")}
 
@@ -109,6 +117,7 @@ class _Pod:
             containers=containers,
             directories=self.directories,
             files=self.files,
+            links=self.links,
             endpoint_files=self.endpoint_files,
             namespace=workload.namespace,
             restart_policy=spec.get("restartPolicy", "Always"),
@@ -176,7 +185,7 @@ class _Pod:
         for source in entries(container, "envFrom"):
             for kind, key in (("ConfigMap", "configMapRef"), ("Secret", "secretRef")):
                 if key in source:
-                    own |= {source.get("prefix", "") + k: v for k, v in self._data(kind, source[key]).items()}
+                    own |= {source.get("prefix", "") + k: v for k, v in self.sources.data(kind, source[key]).items()}
         for variable in entries(container, "env"):
             name: str = variable["name"]
             if name in fixed:
@@ -190,7 +199,7 @@ class _Pod:
         source: Json = variable["valueFrom"]
         for kind, key in (("ConfigMap", "configMapKeyRef"), ("Secret", "secretKeyRef")):
             if key in source:
-                return self._key(kind, source[key])
+                return self.sources.key(kind, source[key])
         if "fieldRef" in source:
             return self._field(container, source["fieldRef"]["fieldPath"])
         if "resourceFieldRef" in source:
@@ -293,28 +302,11 @@ class _Pod:
                 f"volume {volume!r} is of a kind that one machine does not have ({self.workload.key}). "
                 "Use a claim, emptyDir, ConfigMap, Secret or hostPath"
             )
-        data = self._data(kind, reference)
-        items = {i["key"]: i["path"] for i in entries(reference, "items")} or {key: key for key in data}
-        self.files |= {directory / path: data[key] for key, path in items.items() if key in data}
-
-    def _data(self, kind: str, reference: Json) -> dict[str, str]:
-        name: str = reference["name"]
-        manifest = self.manifests.find(kind, namespace=self.workload.namespace, name=name)
-        if manifest is None:
-            if reference.get("optional"):
-                return {}
-            raise ManifestError(f"no {kind} {name!r} ({self.workload.key}). Add it to the manifests")
-        encoded: dict[str, str] = {**section(manifest, "binaryData"), **section(manifest, "data")}
-        if kind == "Secret":
-            encoded = {k: base64.b64decode(v).decode() for k, v in encoded.items()}
-        return encoded | section(manifest, "stringData")
-
-    def _key(self, kind: str, reference: Json) -> str | None:
-        data = self._data(kind, reference)
-        if reference["key"] not in data and not reference.get("optional"):
-            where = f"{kind} {reference['name']!r}, {self.workload.key}"
-            raise ManifestError(f"no key {reference['key']!r} ({where}). Add it to the {kind}")
-        return data.get(reference["key"])
+        for path, content in self.sources.files(kind, reference).items():
+            if isinstance(content, Path):
+                self.links[directory / path] = content
+            else:
+                self.files[directory / path] = content
 
     def _rewrite_envoy(self, path: Path, mounts: Mapping[str, Path]) -> None:
         """Replace a file that is an Envoy bootstrap by its form for this machine, once."""

@@ -177,6 +177,9 @@ class Pod:
         for path, text in self.plan.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+        for path, target in self.plan.links.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(target)
         self.write_endpoints()
 
     def write_endpoints(self) -> None:

@@ -24,6 +24,7 @@ from infra.local.objects import UNSUPPORTED, Json, ManifestError, Manifests, Wor
 from infra.local.plan import Planner
 from infra.local.pod import LONGEST_GRACE_S
 from infra.local.processes import STATE_MARK, Reaper, kill_marked
+from infra.local.secrets import Secrets
 from infra.local.status import Status, WorkloadStatus, write_atomically
 
 _NOBODY_CAME_S = 15.0
@@ -44,6 +45,7 @@ class Supervisor:
         self.grace_s: float | None = None
         self._book = AddressBook()
         self.planner = Planner(manifests=Manifests(()), book=self._book, state_dir=state_dir)
+        self._secrets: Secrets | None = None
         self._running: dict[str, tuple[Controller, asyncio.Task[None]]] = {}
         self._withdrawn: list[WorkloadStatus] = []  # by the last `up`, which failed
         self._warnings: list[str] = []
@@ -127,7 +129,7 @@ class Supervisor:
     # Requests
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection: {"op": "up", "objects": […]} or {"op": "stop"}; answers are JSON objects, one a line."""
+        """One connection: {"op": "up", "objects": […], "secrets": {…}} or {"op": "stop"}; answers are JSON objects, one a line."""
         try:
             request: Json = json.loads(await reader.readline() or b"{}")
             if request.get("op") == "stop":
@@ -135,6 +137,8 @@ class Supervisor:
                 await reader.read()  # until this process ends, or the caller has gone
             elif request.get("op") == "up" and not self._stop.is_set():
                 self._attached = writer
+                kept: Json | None = request.get("secrets")
+                self._secrets = Secrets(Path(kept["directory"]), kept["command"]) if kept else None
                 await self._up(Manifests(tuple(request["objects"])), gone=asyncio.create_task(reader.read()))
         finally:
             if not self._stop.is_set():
@@ -262,7 +266,7 @@ class Supervisor:
                     why = f"port {port} publishes {taken[port]} already"
                 if why:
                     raise ManifestError(f"{why} ({key} is published there). Stop what holds it, or change the port")
-        planner = Planner(manifests=manifests, book=book, state_dir=self.state_dir)
+        planner = Planner(manifests=manifests, book=book, state_dir=self.state_dir, secrets=self._secrets)
         for workload in manifests.workloads:
             planner.pod(workload, 0)
         return book, planner

@@ -8,25 +8,26 @@ from pydantic import ValidationError
 
 from infra.catalog import model as known_model
 from infra.planner.shape import Shape
-from infra.spec import Base, ModelShape, Training
+from infra.spec import Base, ModelShape, Training, Unplannable
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """What the trainer computes: values of `model_type`."""
 
 
 def with_shape(training: Training) -> Training:
-    """`training` with the shape and the vocabulary of its base package. Raises ValueError where nobody knows them."""
+    """`training` with the shape and the vocabulary of its base package. Raises `Unplannable` where nobody knows them."""
     base = training.base
     assert base is not None
     settings, where = _settings(base)
     family = str(settings.get("model_type", "llama"))
     if family not in FAMILIES:
-        raise ValueError(f"{where}: a model of type {family!r}, and the trainer tunes {', '.join(FAMILIES)}")
+        says = f"{where} has a model of type {family!r}, and the trainer tunes {', '.join(FAMILIES)}"
+        raise Unplannable("training.base", says)
     shape = Shape.from_config(settings)
     context = int(settings.get("max_position_embeddings", training.seq))
     if training.seq > context:
-        raise ValueError(
-            f"training.seq: {training.seq} is above the {context} positions of the base package; lower seq"
+        raise Unplannable(
+            "training.seq", f"{training.seq} is above the {context} positions of the base package; lower seq"
         )
     values = {
         "family": family,
@@ -42,7 +43,7 @@ def with_shape(training: Training) -> Training:
     try:
         model = ModelShape.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {error.errors()[0]['msg']}") from None
+        raise Unplannable("training.base", f"{where}: {error.errors()[0]['msg']}") from None
     data = training.data.model_copy(update={"vocab_size": shape.vocab})
     return training.model_copy(update={"model": model, "data": data})
 
@@ -53,11 +54,12 @@ def _settings(base: Base) -> tuple[dict[str, Any], str]:
         try:
             return known_model(base.shape), "training.base.shape"
         except ValueError as error:
-            raise ValueError(f"training.base.shape: {error}") from None
+            raise Unplannable("training.base.shape", str(error)) from None
     if base.here is None:
-        raise ValueError(
-            "training.base: the plan needs the package's shape, and a volume cannot be read from here; "
-            "set shape to a model of the catalogue, or training.model"
+        raise Unplannable(
+            "training.base",
+            "the plan needs the package's shape, and a volume cannot be read from here; "
+            "set shape to a model of the catalogue, or training.model",
         )
     file = base.here / "config.json"
     return _read(file), str(file)
@@ -67,11 +69,13 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"training.base.path: there is no {file}; name a model package in Hugging Face layout"
+        raise Unplannable(
+            "training.base.path", f"there is no {file}; name a model package in Hugging Face layout"
         ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"training.base.path: {file} cannot be read: {error}") from None
+        raise Unplannable("training.base.path", f"{file} cannot be read: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"training.base.path: {file} holds no settings; name a model package in Hugging Face layout")
+        raise Unplannable(
+            "training.base.path", f"{file} holds no settings; name a model package in Hugging Face layout"
+        )
     return cast("dict[str, Any]", settings)

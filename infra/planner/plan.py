@@ -7,7 +7,9 @@ from infra.catalog import instance
 from infra.planner.inference import ServicePlan, plan_service
 from infra.planner.resolve import Chosen, resolve
 from infra.planner.training import TrainingPlan, plan_training
-from infra.spec import NodePool, Stack
+from infra.spec import NodePool, Stack, Unplannable
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,10 @@ class Plan:
 def plan(stack: Stack) -> Plan:
     """Choose what `stack` leaves to the planner and estimate everything that it declares.
 
-    Raises ValueError for an instance type or GPU that the catalogue lacks, and for a layout or an `auto` that cannot be.
+    Raises `Unplannable` for an instance type that the catalogue lacks, and for a layout or an `auto` that cannot be.
     """
+    for pool in stack.node_pools:
+        _know(pool)
     resolved = resolve(stack)
     stack = resolved.stack
     machine = {pool.name: instance(pool.instance) for pool in stack.node_pools}
@@ -66,6 +70,14 @@ def plan(stack: Stack) -> Plan:
             for service in stack.services
         ),
     )
+
+
+def _know(pool: NodePool) -> None:
+    try:
+        if pool.instance != AUTO:
+            instance(pool.instance)
+    except ValueError as error:
+        raise Unplannable(f"node_pools.{pool.name}.instance", str(error)) from None
 
 
 def _plan_pool(pool: NodePool) -> PoolPlan:

@@ -15,7 +15,7 @@ from infra.planner.search import SHOWN, of_cloud
 from infra.planner.shape import Shape
 from infra.planner.trainable import obstacle
 from infra.planner.training import describe, plan_training, ranks_per_node
-from infra.spec import NodePool, Parallelism, Service, Stack, Training
+from infra.spec import NodePool, Parallelism, Service, Stack, Training, Unplannable
 
 STACK_RECOMPUTE = {"none": "none", "matmul": "selective", "full": "full"}
 
@@ -48,7 +48,7 @@ class _Option:
 
 
 def resolve(stack: Stack) -> Resolved:
-    """The stack with every `auto` replaced. Raises ValueError that names the key where nothing does, or something is missing."""
+    """The stack with every `auto` replaced. Raises `Unplannable` where nothing does, or something is missing."""
     chosen = list[Chosen]()
     if stack.training and stack.training.base and not stack.training.model:
         stack = stack.model_copy(update={"training": with_shape(stack.training)})
@@ -85,12 +85,12 @@ def _choose_instance(stack: Stack, pool: NodePool) -> tuple[Stack, Chosen]:
     trains = stack.training if stack.training and stack.training.pool == pool.name else None
     serves = [service for service in stack.services if service.pool == pool.name]
     if trains and trains.deadline_h is None:
-        raise ValueError(f"{where}: auto trains within a deadline, and there is none; set training.deadline_h")
+        raise Unplannable(where, "auto trains within a deadline, and there is none; set training.deadline_h")
     if not trains and not serves:
-        raise ValueError(f"{where}: auto, and nothing uses the pool; name an instance type")
+        raise Unplannable(where, "auto, and nothing uses the pool; name an instance type")
     if any(not service.gpus for service in serves):
-        raise ValueError(
-            f"{where}: auto chooses among GPU instances, and a service of the pool asks for no GPU; name a type"
+        raise Unplannable(
+            where, "auto chooses among GPU instances, and a service of the pool asks for no GPU; name a type"
         )
     cloud = None if stack.platform.cloud == "local" else stack.platform.cloud
     options = sorted(
@@ -98,10 +98,11 @@ def _choose_instance(stack: Stack, pool: NodePool) -> tuple[Stack, Chosen]:
         key=lambda option: (option.usd, option.instance),
     )
     if not options:
-        raise ValueError(
-            f"{where}: no instance type of {cloud or 'the catalogue'} does it; "
+        raise Unplannable(
+            where,
+            f"no instance type of {cloud or 'the catalogue'} does it; "
             + ("raise training.deadline_h or training.nodes, " if trains else "raise max_nodes or slo, ")
-            + "or name a type to see what is short"
+            + "or name a type to see what is short",
         )
     best = options[0]
     pools = tuple(p.model_copy(update={"instance": best.instance}) if p is pool else p for p in stack.node_pools)
@@ -183,7 +184,7 @@ def _choose_layout(training: Training, *, machine: Instance) -> tuple[Training, 
         says = "on CPUs every rank has the whole model"
     else:
         if training.nproc_per_node not in (None, machine.gpus):
-            raise ValueError(f"{where}: auto uses all {machine.gpus} GPUs of a node; leave nproc_per_node out")
+            raise Unplannable(where, f"auto uses all {machine.gpus} GPUs of a node; leave nproc_per_node out")
         fit = best_layout(
             Shape.of(training.shape, vocab_size=training.data.vocab_size),
             seq=training.seq,
@@ -195,9 +196,10 @@ def _choose_layout(training: Training, *, machine: Instance) -> tuple[Training, 
             adapt=lambda run: adapted(run, training),
         )
         if fit is None:
-            raise ValueError(
-                f"{where}: no layout of {training.nodes} × {machine.name} fits micro_batch {training.micro_batch} and "
-                f"global_batch {training.global_batch}; lower micro_batch, or more nodes or memory"
+            raise Unplannable(
+                where,
+                f"no layout of {training.nodes} × {machine.name} fits micro_batch {training.micro_batch} and "
+                f"global_batch {training.global_batch}; lower micro_batch, or more nodes or memory",
             )
         found = fit.run.layout
         layout = Parallelism.model_validate(
@@ -216,7 +218,7 @@ def _choose_layout(training: Training, *, machine: Instance) -> tuple[Training, 
 def _choose_replicas(service: Service, *, stack: Stack, pool: NodePool) -> tuple[Service, Chosen]:
     where = f"services.{service.name}.replicas"
     if service.autoscaling:
-        raise ValueError(f"{where}: auto, and autoscaling decides; leave replicas out")
+        raise Unplannable(where, "auto, and autoscaling decides; leave replicas out")
     machine, shape = instance(pool.instance), shape_of(service, training=stack.trains(service))
     missing = [
         what
@@ -228,13 +230,14 @@ def _choose_replicas(service: Service, *, stack: Stack, pool: NodePool) -> tuple
         if not there
     ]
     if missing or service.traffic is None or shape is None:
-        raise ValueError(f"{where}: auto needs {' and '.join(missing)}; or give a number")
+        raise Unplannable(where, f"auto needs {' and '.join(missing)}; or give a number")
     server, room = server_of(service, shape=shape, instance=machine)
     number = replicas_for(server, room=room, traffic=service.traffic, slo=service.slo)
     if number is None:
-        raise ValueError(
-            f"{where}: no number of replicas up to {MOST_REPLICAS} on {machine.name} answers within {service.slo.ttft_p95_s:g} s; "
-            "raise slo, or take a faster instance"
+        raise Unplannable(
+            where,
+            f"no number of replicas up to {MOST_REPLICAS} on {machine.name} answers within {service.slo.ttft_p95_s:g} s; "
+            "raise slo, or take a faster instance",
         )
     chosen = Chosen(
         where=where,

@@ -13,7 +13,7 @@ from infra.planner.shape import Shape
 from infra.planner.spot import best_interval_s, interrupted, save_s
 from infra.planner.train_memory import memory
 from infra.planner.train_time import hardware_flops_share, step_time
-from infra.spec import NodePool, Parallelism, Training
+from infra.spec import NodePool, Parallelism, Training, Unplannable
 
 TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True, logits_at_once=1 << 26)
 """How this repository's trainer runs a step: eager PyTorch, its own RMSNorm, loss over fp32 logits (trainer/loss.py), in pieces."""
@@ -93,12 +93,12 @@ def layout_of(parallelism: Parallelism, *, ranks: int) -> Layout:
 
 
 def checked_layout(training: Training, *, ranks: int) -> Layout:
-    """The layout of a training. Raises ValueError that names the key for one that ranks or model do not allow."""
+    """The layout of a training. Raises `Unplannable` for one that ranks or model do not allow."""
     try:
         layout = layout_of(training.layout, ranks=ranks)
         check_layout(Shape.of(training.shape, vocab_size=training.data.vocab_size), layout)
     except ValueError as error:
-        raise ValueError(f"training.parallelism: {error}") from None
+        raise Unplannable("training.parallelism", str(error)) from None
     return layout
 
 

@@ -14,7 +14,7 @@ from pulumi.runtime import mocks, rpc, settings
 from pulumi.runtime.config import set_all_config
 from pulumi.runtime.stack import run_in_stack
 
-from infra.spec import load, read
+from infra.spec import load, located, read
 
 Json = dict[str, Any]
 PROGRAM = Path(__file__).parents[2] / "stacks"
@@ -47,7 +47,8 @@ def run(stack_file: Path, *, here: bool = False) -> Rendered:
         # One event loop for all: Pulumi's futures belong to the loop that is current when they are made.
         asyncio.run(_run(recorder, stack=stack, config=values))
     except pulumi.RunError as error:
-        raise error.__cause__ or error from None
+        with located(stack_file):
+            raise error.__cause__ or error from None
     manifests = sorted(recorder.manifests, key=_order)
     _refuse_twins(manifests)
     images = sorted(recorder.images, key=lambda image: image["dockerfile"])

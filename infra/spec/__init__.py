@@ -1,10 +1,11 @@
 """What a stack file says, as plain, frozen, validated values. Imports neither Pulumi nor torch."""
 
+from infra.spec.base import Unplannable
 from infra.spec.batch import Batch
 from infra.spec.data import Data, Located
 from infra.spec.judging import Evaluate, Gate
 from infra.spec.learning import Lora, Optim
-from infra.spec.load import StackError, load, parse, read
+from infra.spec.load import StackError, line_finder, load, located, parse, read
 from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
 from infra.spec.runtimes import Runtime
 from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Traffic
@@ -45,7 +46,10 @@ __all__ = [
     "Tenancy",
     "Traffic",
     "Training",
+    "Unplannable",
+    "line_finder",
     "load",
+    "located",
     "parse",
     "read",
     "schema",

@@ -1,18 +1,19 @@
 """From a `Pulumi.<stack>.yaml` to a `Stack`: every error names the file, the line, the key and the fix."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from infra.spec.base import Misplaced
+from infra.spec.base import Misplaced, Unplannable
+from infra.spec.document import Document, DocumentError, Loc, read_document
 from infra.spec.stack import Stack
+from infra.spec.wording import say
 
-PREFIX = "slipway:"
-Loc = tuple[str | int, ...]
+NAMESPACE, PREFIX = "slipway", "slipway:"
 
 
 class StackError(ValueError):
@@ -26,18 +27,34 @@ def load(path: Path) -> Stack:
 
 def read(path: Path) -> dict[str, Any]:
     """The `slipway:` keys of a stack file, without the prefix. Raises `StackError` for what is no stack file."""
+    document = _document(path)
+    config = cast(Any, document.values).get("config") if isinstance(document.values, dict) else None
+    if not isinstance(config, dict):
+        raise StackError(f"{path}: no `config:` mapping; a stack's values stand under `config:` as `slipway:KEY`")
+    found: dict[str, Any] = {}
+    for key, value in cast(dict[Any, Any], config).items():
+        namespace, colon, name = str(key).partition(":")
+        if not colon or (namespace != NAMESPACE and get_close_matches(namespace.lower(), [NAMESPACE], cutoff=0.8)):
+            # The engine takes a key without a namespace for the project's; another reader would pass it over.
+            line = document.lines.get(("config", str(key)), 1)
+            raise StackError(f"{path}:{line}: {key}: unknown key; did you mean `{PREFIX}{name or namespace}`?")
+        if namespace == NAMESPACE:
+            found[name] = value
+    return found
+
+
+def _document(path: Path) -> Document:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_document(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         stacks = sorted(p.name.removeprefix("Pulumi.").removesuffix(".yaml") for p in path.parent.glob("Pulumi.*.yaml"))
         raise StackError(f"{path}: no such stack file; there is {', '.join(stacks) or 'none'}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StackError(f"{path}: not a YAML file in UTF-8: {' '.join(str(error).split())}") from None
-    config = cast(Any, document).get("config") if isinstance(document, dict) else None
-    if not isinstance(config, dict):
-        raise StackError(f"{path}: no `config:` mapping; a stack's values stand under `config:` as `slipway:KEY`")
-    values = cast(dict[str, Any], config)
-    return {key.removeprefix(PREFIX): value for key, value in values.items() if str(key).startswith(PREFIX)}
+    except UnicodeDecodeError as error:
+        raise StackError(f"{path}: not in UTF-8 ({error.reason}, byte {error.start}); save it so") from None
+    except OSError as error:
+        raise StackError(f"{path}: {error.strerror}; make it a file that can be read") from None
+    except DocumentError as error:
+        raise StackError(f"{path}:{error.line}: not YAML as stack files have it: {error}") from None
 
 
 def parse(values: Mapping[str, Any], *, path: Path) -> Stack:
@@ -49,33 +66,54 @@ def parse(values: Mapping[str, Any], *, path: Path) -> Stack:
         raise StackError("\n".join(_explain(dict(e), path=path, lines=lines) for e in error.errors())) from None
 
 
+@contextmanager
+def located(path: Path) -> Generator[None]:
+    """What the planner finds impossible becomes a `StackError` with the line of its key in `path`."""
+    try:
+        yield
+    except Unplannable as error:
+        line = line_finder(path)(error.where)
+        raise StackError(f"{path}:{line}: {PREFIX}{error.where}: {error.message}") from None
+
+
+def line_finder(path: Path) -> Callable[[str], int]:
+    """Tells the line of a key, in which items of a list go by their names, or of what is around it."""
+    document = _document(path)
+    return lambda where: _line_of(where, document)
+
+
+def _line_of(where: str, document: Document) -> int:
+    value, loc, line = document.values, (), 1
+    for part in ("config", *f"{PREFIX}{where}".split(".")):
+        if isinstance(value, list):
+            items = cast(list[Any], value)
+            index = next((n for n, item in enumerate(items) if isinstance(item, dict) and item.get("name") == part), -1)  # pyright: ignore[reportUnknownMemberType]
+            key, value = index, items[index] if index >= 0 else None
+        else:
+            key, value = part, cast(Any, value).get(part) if isinstance(value, dict) else None
+        loc = (*loc, key)
+        if loc not in document.lines:
+            break
+        line = document.lines[loc]
+    return line
+
+
 def _explain(error: dict[str, Any], *, path: Path, lines: Mapping[Loc, int]) -> str:
     cause = error.get("ctx", {}).get("error")
-    loc = _in_file(error["loc"] + (cause.keys if isinstance(cause, Misplaced) else ()), lines)
+    keys = cause.keys if isinstance(cause, Misplaced) else ()
+    # A key that is missing, or that a sentence is about, need not be in the file; any other that is not is a union's tag.
+    absent = error["loc"][-1:] if error["type"] == "missing" or not lines else keys
+    loc = _in_file(error["loc"] + keys, lines, absent=absent)
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), 1)
     key = PREFIX + ".".join(str(part) for part in loc) if loc else "config"
-    return f"{path}:{line}: {key}: {_say(error)}"
+    return f"{path}:{line}: {key}: {say(error, known=_fields_at(error['loc'][:-1]))}"
 
 
-def _say(error: dict[str, Any]) -> str:
-    match error["type"]:
-        case "extra_forbidden":
-            known = _fields_at(error["loc"][:-1])
-            near = get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-            return "unknown key; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}")
-        case "missing":
-            return "this key is required and not there"
-        case "value_error":
-            return str(error["ctx"]["error"])
-        case _:
-            return f"{error['msg']}, and it is {error['input']!r}"
-
-
-def _in_file(loc: Loc, lines: Mapping[Loc, int]) -> Loc:
+def _in_file(loc: Loc, lines: Mapping[Loc, int], *, absent: Loc) -> Loc:
     """pydantic's location without the union tags that it puts in and the file does not have."""
     kept: Loc = ()
     for part in loc:
-        if (*kept, part) in lines or part == loc[-1]:
+        if (*kept, part) in lines or part in absent:
             kept = (*kept, part)
     return kept
 
@@ -100,26 +138,10 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _lines(path: Path) -> dict[Loc, int]:
-    """Line (from 1) of every key and item under `config:`, by its location without the `slipway:` prefix."""
+    """Line of every key and item under `config:`, by its location without the `slipway:` prefix."""
     try:
-        root: Any = cast(Any, yaml).compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = _document(path).lines
+    except StackError:
         return {}
-    found: dict[Loc, int] = {}
-
-    def walk(node: Any, loc: Loc) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in cast(list[tuple[Any, Any]], node.value):
-                inner = (*loc, str(key.value).removeprefix(PREFIX) if not loc else str(key.value))
-                found[inner] = key.start_mark.line + 1
-                walk(value, inner)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(cast(list[Any], node.value)):
-                found[(*loc, index)] = item.start_mark.line + 1
-                walk(item, (*loc, index))
-
-    if isinstance(root, yaml.MappingNode):
-        for key, value in cast(list[tuple[Any, Any]], root.value):
-            if key.value == "config":
-                walk(value, ())
-    return found
+    under = {loc[1:]: line for loc, line in found.items() if loc[0] == "config" and len(loc) > 1}
+    return {(str(loc[0]).removeprefix(PREFIX), *loc[1:]): line for loc, line in under.items()}

@@ -1,10 +1,10 @@
 """Where a stack runs: cloud, namespace, images, node pools, volumes, registry, tenancy."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from infra.spec.base import Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from infra.spec.base import MOST_NODES, Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 
 Cloud = Literal["local", "aws", "gcp", "azure"]
 Capacity = Literal["on-demand", "spot"]
@@ -52,9 +52,9 @@ class NodePool(Spec):
     instance: str
     """Instance type of the catalogue: `p5.48xlarge`; `cpu` for machines without a GPU in a local stack. `auto`: the cheapest of
     the platform's cloud that trains within `training.deadline_h`, or serves `traffic` within `slo`."""
-    min_nodes: NonNegativeInt = 0
+    min_nodes: Annotated[int, Field(ge=0, le=MOST_NODES)] = 0
     """Nodes that are kept when nothing runs."""
-    max_nodes: PositiveInt = 1
+    max_nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
     """Nodes that the pool can ever hold: what the checks count against."""
     capacity: tuple[Capacity, ...] = Field(default=("on-demand",), min_length=1)
     """Kinds of capacity, in order of preference; spot is interrupted."""
@@ -92,6 +92,12 @@ class Registry(Spec):
     """Size of that volume."""
     identity: dict[str, str] = Field(default={})
     """Annotations of the ServiceAccounts that may reach the object store, as `eks.amazonaws.com/role-arn: …`."""
+
+    @model_validator(mode="after")
+    def _is_a_url(self) -> Self:
+        if self.url is not None and "://" not in self.url.strip("/"):
+            raise Misplaced(f"{self.url!r} is no URL of an object store; leave it out for a volume", "url")
+        return self
 
 
 class Quota(Spec):

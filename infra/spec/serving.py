@@ -222,6 +222,26 @@ class Objectives(Spec):
     """Share of requests answered without a server error."""
 
 
+AlertName = Literal[
+    "SlipwayTimeToFirstTokenHigh",
+    "SlipwayTimePerTokenHigh",
+    "SlipwayErrorBudgetBurning",
+    "SlipwayNoReplicaReady",
+    "SlipwayAtMaxReplicas",
+    "SlipwayTrainingStalled",
+    "SlipwayCheckpointOverdue",
+    "SlipwayLossNotFinite",
+    "SlipwayJobFailed",
+]
+
+
+class Alert(Spec):
+    enabled: bool = True
+    """False: it is not declared."""
+    after_s: NonNegativeInt | None = None
+    """Seconds that its condition holds before it fires; null: as long as suits what it tells."""
+
+
 class Monitoring(Spec):
     enabled: bool = True
     """ServiceMonitor, PodMonitor, PrometheusRule and Grafana dashboards (the operator's CRDs must be there)."""
@@ -233,6 +253,8 @@ class Monitoring(Spec):
     """Labels by which the operator's Prometheus selects monitors and rules."""
     objectives: Objectives = Objectives()
     """Thresholds of the alerts."""
+    alerts: dict[AlertName, Alert] = Field(default={})
+    """What is other than usual of single alerts: `{SlipwayJobFailed: {enabled: false}}`."""
     namespace: str | None = None
     """Namespace of the dashboards' ConfigMaps; null: the stack's."""
 

@@ -1,12 +1,15 @@
 """The shape of a decoder that is trained: what the trainer's families have in common, and what sets them apart."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, PositiveFloat, PositiveInt, Spec
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+# Far above every model, and small enough to look through for the nearest that divides.
+Width = Annotated[int, Field(ge=1, le=1 << 24)]
+Heads = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class RopeScaling(Spec):
@@ -36,17 +39,17 @@ class ModelShape(Spec):
 
     family: Family = "llama"
     """`qwen2` adds biases before attention, `qwen3` norms of queries and keys; `mistral` is Llama under another name."""
-    layers: PositiveInt
+    layers: Annotated[int, Field(ge=1, le=10_000)]
     """Transformer blocks."""
-    hidden: PositiveInt
+    hidden: Width
     """Width of the residual stream."""
-    heads: PositiveInt
+    heads: Heads
     """Query heads."""
-    kv_heads: PositiveInt
+    kv_heads: Heads
     """Key/value heads (grouped-query attention); divides `heads`."""
-    head_dim: PositiveInt | None = None
+    head_dim: Heads | None = None
     """Width of a head; null: hidden / heads."""
-    ffn: PositiveInt
+    ffn: Width
     """Inner width of the gated MLP."""
     max_context: PositiveInt
     """Positions; written once, the server's longest context follows it."""

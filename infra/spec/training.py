@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
-from infra.spec.base import OR_AUTO, Auto, Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from infra.spec.base import MOST_NODES, OR_AUTO, Auto, Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from infra.spec.data import Data, Located
 from infra.spec.judging import CLASSIFICATION, Evaluate, Gate
 from infra.spec.learning import Checkpoint, LocalSgd, Lora, Optim, Recover
@@ -15,9 +15,9 @@ Sink = Literal["tensorboard", "wandb"]
 
 
 class PodResources(Spec):
-    cpus: PositiveFloat
+    cpus: Annotated[float, Field(ge=0.01, le=1e6, allow_inf_nan=False)]
     """CPUs requested (and the limit)."""
-    memory_gib: PositiveFloat
+    memory_gib: Annotated[float, Field(ge=0.01, le=1e6, allow_inf_nan=False)]
     """Memory requested and limit, GiB."""
 
 
@@ -57,6 +57,14 @@ class Parallelism(Spec):
     """Model chunks of a pipeline stage (interleaved 1F1B)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
+    compile: bool = False
+    """Compile each block at the first step (torch.compile): minutes once, faster steps."""
+
+    @model_validator(mode="after")
+    def _chunks_are_a_pipelines(self) -> Self:
+        if self.vpp > 1 and self.pp == 1:
+            raise Misplaced(f"{self.vpp} chunks of a pipeline stage, and no pipeline; set pp, or leave vpp out", "vpp")
+        return self
 
 
 class Training(Spec):
@@ -64,9 +72,9 @@ class Training(Spec):
     """Name of the model: in the registry, in the API, in the names of the Jobs."""
     pool: Name
     """Node pool that it runs on."""
-    nodes: PositiveInt = 1
+    nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
     """Pods, one a node: the gang."""
-    nproc_per_node: PositiveInt | None = None
+    nproc_per_node: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Ranks in a pod; null: one for each GPU of the pool's instance."""
     parallelism: Annotated[Annotated[Parallelism, Tag("given")] | Auto, OR_AUTO] = Parallelism()
     """How the ranks share the work; `auto`: the fastest that fits the memory. Left out: every rank has the whole model."""

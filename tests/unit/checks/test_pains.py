@@ -46,7 +46,7 @@ def test_every_row_names_tests_and_codes_that_exist() -> None:
 
 @pytest.mark.parametrize("nodes", [0, -1])
 def test_a_count_below_one_is_refused_by_type(changed: Callable[..., Path], nodes: int) -> None:
-    with pytest.raises(ValueError, match=r"training\.nodes: Input should be greater than or equal to 1"):
+    with pytest.raises(ValueError, match=r"training\.nodes: must be at least 1"):
         load(changed("prod", {"training.nodes": nodes}))
     with pytest.raises(ValidationError):
         NodePool(name="x", instance="cpu", max_nodes=nodes)

@@ -279,7 +279,7 @@ def test_files_that_are_no_manifests_are_refused(tmp_path: Path, text: str) -> N
 
 
 SIZED = {
-    "      gpus: 1\n": "      gpus: 1\n      traffic: {rps: 20}\n",
+    "traffic: {rps: 40, prompt_tokens: 600, output_tokens: 150}": "traffic: {rps: 20}",
     "    nodes: 2\n": "    nodes: 2\n    parallelism: auto\n",
 }
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from infra.cli.reference import reference
-from infra.spec import StackError, load, parse, schema
+from infra.planner import plan
+from infra.spec import StackError, load, located, parse, schema
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,10 +50,21 @@ def test_unknown_key_is_refused_with_line_and_nearest(changed, key, value, typo,
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"training.steps": "many"}, "'many'"),
-        ({"training.steps": 0}, "greater than or equal to 1"),
-        ({"training.steps": -3}, "greater than or equal to 1"),
-        ({"training.steps": 10**18}, "less than or equal to"),
+        ({"training.steps": "many"}, 'steps: must be a whole number, and it is "many"'),
+        ({"training.steps": 0}, "must be at least 1, and it is 0"),
+        ({"training.steps": -3}, "must be at least 1, and it is -3"),
+        ({"training.steps": 10**18}, "must be at most 1099511627776"),
+        ({"training.nodes": True}, "true and false are no value of this key, and it is true"),
+        ({"services.0.surge": 1}, "services.0.surge: must be true or false, and it is 1"),
+        ({"training.parallelism": "aut"}, 'training.parallelism: must be `auto` or a value, and it is "aut"'),
+        ({"training.parallelism": {"vpp": 3}}, "parallelism.vpp: 3 chunks of a pipeline stage, and no pipeline"),
+        ({"training.data.source.kind": "txt"}, '`kind` "txt" does not exist; did you mean `text`?'),
+        ({"platform.cloud": "awz"}, '"awz" is no choice; did you mean `aws`?'),
+        ({"node_pools.0.capacity": "spot"}, 'must be a list, as [a, b], and it is "spot"'),
+        ({"training.optim": "fast"}, 'training.optim: must be keys with values, and it is "fast"'),
+        ({"training.model.heads": 2**40}, "model.heads: must be at most 65536"),
+        ({"services.0.resources.cpus": 1e-15}, "resources.cpus: must be at least 0.01"),
+        ({"registry.url": "acme"}, "registry.url: 'acme' is no URL of an object store"),
         ({"training.optim.lr": float("nan")}, "finite"),
         ({"training.optim.lr": float("inf")}, "finite"),
         ({"training.seq": 8192}, "seq 8192 is above model.max_context 4096"),
@@ -66,7 +78,8 @@ def test_unknown_key_is_refused_with_line_and_nearest(changed, key, value, typo,
         ({"platform.region": None}, "cloud: cloud 'aws' needs `region` and `cluster`"),
         ({"services.0.name": "router"}, "a service cannot be called 'router'"),
         ({"router.hash_header": "x-user"}, "needs policy ring_hash or maglev"),
-        ({"training.name": "Not A Name"}, "pattern"),
+        ({"training.name": "Not A Name"}, "lower-case letters, digits and dashes"),
+        ({"training.name": "n" * 10_000}, "and it is 'nnnn"),
     ],
 )
 def test_bad_value_is_refused_with_its_numbers(changed, values, says) -> None:
@@ -88,6 +101,10 @@ def test_all_errors_are_told_at_once(changed) -> None:
     assert len(message.splitlines()) == 3
 
 
+def test_a_long_value_is_cut(changed) -> None:
+    assert all(len(line) < 400 for line in refusal(changed("prod", {"training.name": ["x"] * 10_000})).splitlines())
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"", b"[1, 2]", b"config: 3", b"a: [", b"config:\n  slipway:platform:\n"]
 )
@@ -107,6 +124,31 @@ def test_values_of_other_namespaces_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "Pulumi.local.yaml"
     path.write_text(yaml.safe_dump(document))
     assert load(path) == load(ROOT / "stacks" / "Pulumi.local.yaml")
+
+
+@pytest.mark.parametrize("key", ["router", "Slipway:router", "slipwy:router"])
+def test_a_key_outside_the_namespace_is_not_passed_over(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "Pulumi.local.yaml"
+    path.write_text((ROOT / "stacks" / "Pulumi.local.yaml").read_text().replace("slipway:router", key))
+    assert f":{line_of(path, key)}: {key}: unknown key; did you mean `slipway:router`?" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "says"),
+    [
+        ({"node_pools.1.instance": "g6e.xlrge"}, "node_pools.serve.instance", "did you mean 'g6e.xlarge'"),
+        ({"node_pools.0.instance": "auto"}, "node_pools.train.instance", "set training.deadline_h"),
+        ({"training.parallelism": {"tp": 3}}, "training.parallelism", "3 does not divide 16 ranks"),
+    ],
+)
+def test_what_the_planner_finds_impossible_is_told_with_its_line(changed, values, where, says) -> None:
+    path = changed("prod", values)
+    ((key, value),) = values.items()
+    line = line_of(path, f"{key.rpartition('.')[2]}:" + (f" {value}" if isinstance(value, str) else ""))
+    with pytest.raises(StackError) as caught, located(path):
+        plan(load(path))
+    assert f"{path}:{line}: slipway:{where}: " in str(caught.value)
+    assert says in str(caught.value)
 
 
 def test_schema_accepts_exactly_what_loads(stack_path: Path) -> None:
