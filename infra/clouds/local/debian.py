@@ -6,11 +6,11 @@ They are unpacked and not installed: nothing of the machine changes, no service 
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.clouds.local.making import making, tied
 from infra.clouds.local.places import Unable, digest_of
 from infra.clouds.local.shell import run
 
@@ -64,11 +64,11 @@ def programs(cache: Path, wanted: dict[str, str], *, files: Sequence[str] = (), 
 
 
 def _unpack(packages: Sequence[str], root: Path) -> None:
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".debian-") as folder:
-        debs, tree = Path(folder, "debs"), Path(folder, "tree")
+    with making(root) as tree:
+        if tree is None:  # another process has unpacked them meanwhile
+            return
+        debs = tree / "debs"
         (debs / "partial").mkdir(parents=True)
-        tree.mkdir()
         fetch = [
             *("apt-get", "install", "--yes", "--quiet", "--download-only", "--reinstall", "--no-install-recommends"),
             *("-o", f"Dir::Cache::archives={debs}", "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"),
@@ -77,7 +77,7 @@ def _unpack(packages: Sequence[str], root: Path) -> None:
         done = _fetch(fetch)
         if done.returncode:
             # Fresh lists only where the ones that are there do not do: they take seconds.
-            run("apt-get", "update", "--quiet")
+            run(*tied("apt-get", "update", "--quiet"))
             done = _fetch(fetch)
         if done.returncode:
             why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -86,11 +86,11 @@ def _unpack(packages: Sequence[str], root: Path) -> None:
             )
         for deb in sorted(debs.glob("*.deb")):
             run("dpkg-deb", "-x", deb, tree).check_returncode()
-        tree.rename(root)
+        shutil.rmtree(debs)
 
 
 def _fetch(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    return run(*command, env=os.environ | {"LC_ALL": "C"})
+    return run(*tied(*command), env=os.environ | {"LC_ALL": "C"})
 
 
 def _on_path(program: str) -> bool:

@@ -10,6 +10,7 @@ from infra.clouds.local.places import ClusterError
 from infra.clouds.local.shell import run
 
 NAME = "slipway"
+OURS = ("--name", NAME)
 
 
 def is_possible() -> bool:
@@ -27,20 +28,24 @@ def is_up() -> bool:
 
 def up(kubeconfig: Path, *, cache: Path, say: Say) -> None:
     """Have the cluster, and its kubeconfig in `kubeconfig`. Raises `ClusterError`."""
-    if is_up():
-        say("kind's cluster runs already")
-        return
-    say("kind makes a cluster in Docker")
     kubeconfig.parent.mkdir(parents=True, exist_ok=True)
-    _must(_kind(cache, "create", "cluster", "--name", NAME, "--kubeconfig", str(kubeconfig), "--wait", "120s"))
+    if is_up():
+        # Its node knows no kubeconfig while it is being made: one that a killed `up` left is made again.
+        if _kind(cache, "export", "kubeconfig", *OURS, "--kubeconfig", str(kubeconfig)).returncode == 0:
+            say("kind's cluster runs already")
+            return
+        say("kind's cluster is not whole")
+        down(cache)
+    say("kind makes a cluster in Docker")
+    _must(_kind(cache, "create", "cluster", *OURS, "--kubeconfig", str(kubeconfig), "--wait", "120s"))
 
 
 def down(cache: Path) -> None:
-    _must(_kind(cache, "delete", "cluster", "--name", NAME))
+    _must(_kind(cache, "delete", "cluster", *OURS))
 
 
 def load(archive: Path, *, cache: Path) -> None:
-    _must(_kind(cache, "load", "image-archive", str(archive), "--name", NAME))
+    _must(_kind(cache, "load", "image-archive", str(archive), *OURS))
 
 
 def _kind(cache: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
 from pathlib import Path
 
+from infra.clouds.local import link
 from infra.clouds.local.debian import Debian
-from infra.clouds.local.node import LINK
-from infra.clouds.local.places import INTERFACE, LINK_BITS, MACHINE_IP, NETWORK, NODE_IP, ClusterError, Places, Unable
+from infra.clouds.local.places import INTERFACE, NETWORK, ClusterError, Places, Unable
 from infra.clouds.local.settings import CGROUP, Process
-from infra.clouds.local.shell import run
 
 PLAN = "node.json"
+SYSCTLS_KEPT = "sysctls.json"
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc")
 CGROUPS = Path("/sys/fs/cgroup")
 # What kubelet sets for the whole machine, since the kernel has no namespace for it.
@@ -62,7 +63,7 @@ def start(places: Places, debian: Debian, processes: Sequence[Process]) -> None:
     for cgroup in _hierarchies():
         (cgroup / CGROUP).mkdir(exist_ok=True)
     kept = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
-    _keep(places.state / "sysctls.json", kept)
+    _keep(places.state / SYSCTLS_KEPT, kept)
     plan = places.state / PLAN
     programs = [[process.name, process.command] for process in processes]
     environment = _environment(debian)
@@ -81,20 +82,29 @@ def start(places: Places, debian: Debian, processes: Sequence[Process]) -> None:
         outer = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
         )
-    _link(_inner(outer), debian)
+    link.make(_inner(outer), debian)
+
+
+def is_clean(places: Places) -> bool:
+    """Whether nothing of a node is on this machine: no process, interface, cgroup, file or empty folder."""
+    folder = places.state.parent
+    cgroups = [cgroup / CGROUP for cgroup in _hierarchies()] if CGROUPS.exists() else []
+    left = places.state.exists() or (folder.exists() and not any(folder.iterdir()))
+    return not (left or link.is_there() or any(cgroup.exists() for cgroup in cgroups) or pids(places))
 
 
 def stop(places: Places) -> bool:
     """End the node and restore the machine, whatever state both are in. Whether there was anything."""
-    found = _kill(places)
+    found = not is_clean(places)
+    _kill(places)
+    link.remove()
     for cgroup in _hierarchies():
         _remove_cgroups(cgroup / CGROUP)
-    kept = places.state / "sysctls.json"
+    kept = places.state / SYSCTLS_KEPT
     if kept.exists():
         for name, value in json.loads(kept.read_text()).items():
             Path("/proc/sys", name).write_text(value)
-    found = found or places.state.exists()
-    shutil.rmtree(places.state, ignore_errors=True)
+    _remove(places.state)
     with contextlib.suppress(OSError):
         places.state.parent.rmdir()
     return found
@@ -110,24 +120,23 @@ def node_pid(places: Places) -> int | None:
     return next((pid for pid, words in _ours(places) if words[0] != b"unshare"), None)
 
 
-def _kill(places: Places) -> bool:
-    found = pids(places)
+def _kill(places: Places) -> None:
+    """End the node's processes, and return when the last of them is gone: the kernel ends the first one after all others."""
     until = time.monotonic() + END_S
     while left := pids(places):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > until:
-            raise ClusterError(
-                f"processes {left} do not end. Fix: look why in /proc/{left[0]}/stack, then `down` again"
-            )
-        time.sleep(0.05)
-    # The interface goes with its namespace, which the kernel takes down after its last process.
-    while Path("/sys/class/net", INTERFACE).exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    if Path("/sys/class/net", INTERFACE).exists():  # a loaded kernel takes its time: not waited for any longer
-        run("ip", "link", "delete", INTERFACE)
-    return bool(found)
+                _kill_one(pid, until)
+
+
+def _kill_one(pid: int, until: float) -> None:
+    handle = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        if not select.select([handle], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise ClusterError(f"process {pid} does not end. Fix: look why in /proc/{pid}/stack, then `down` again")
+    finally:
+        os.close(handle)
 
 
 def _inner(outer: "subprocess.Popen[bytes]") -> int:
@@ -143,19 +152,6 @@ def _inner(outer: "subprocess.Popen[bytes]") -> int:
     )
 
 
-def _link(pid: int, debian: Debian) -> None:
-    """A pair of interfaces, one here, one in the node; and the route to pods and services."""
-    for words in (
-        f"link add {INTERFACE} type veth peer name {LINK} netns {pid}",
-        f"address add {MACHINE_IP}/{LINK_BITS} dev {INTERFACE}",
-        f"link set {INTERFACE} up",
-        f"route add {NETWORK} via {NODE_IP}",
-    ):
-        done = run("ip", *words.split(), env=debian.env)
-        if done.returncode:
-            raise ClusterError(f"ip {words}: {done.stderr.strip()}")
-
-
 def _environment(debian: Debian) -> dict[str, str]:
     """What the node's processes are told: where programs are, and nothing of the user's."""
     wanted = {name: value for name, value in debian.env.items() if name in ("PATH", "LD_LIBRARY_PATH", "LANG")}
@@ -165,7 +161,17 @@ def _environment(debian: Debian) -> dict[str, str]:
 def _keep(path: Path, values: dict[str, str]) -> None:
     """What was there before the first start stays what is restored."""
     if not path.exists():
-        path.write_text(json.dumps(values))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(values))
+        part.rename(path)
+
+
+def _remove(folder: Path) -> None:
+    until = time.monotonic() + END_S
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > until:
+            raise ClusterError(f"{folder} cannot be removed. Fix: `down` again")
 
 
 def _hierarchies() -> list[Path]:
@@ -189,9 +195,8 @@ def _remove_cgroups(cgroup: Path) -> None:
 
 def _ours(places: Places) -> Iterator[tuple[int, list[bytes]]]:
     plan = str(places.state / PLAN).encode()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-                if words[-1] == plan and b"infra.clouds.local.node" in words:
-                    yield int(folder.name), words
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            if words[-1] == plan and b"infra.clouds.local.node" in words:
+                yield int(folder.name), words
