@@ -52,6 +52,19 @@ def test_a_value_is_its_owners_alone(secrets: Secrets) -> None:
     assert secrets.names() == []
 
 
+def test_the_command_line_keeps_lists_and_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    run = CliRunner()
+    assert run.invoke(app, ["set", "wandb", "WANDB_API_KEY", "-s", "x"], input=f"{VALUE}\n").exit_code == 0
+    assert (tmp_path / "slipway" / "secrets" / "x" / "wandb" / "WANDB_API_KEY").read_text() == VALUE
+    listed = run.invoke(app, ["list", "-s", "x", "--json"])
+    assert json.loads(listed.stdout) == {"stack": "x", "secrets": {"wandb": ["WANDB_API_KEY"]}}
+    assert VALUE not in listed.output
+    assert run.invoke(app, ["remove", "wandb", "-s", "x"]).exit_code == 0
+    again = run.invoke(app, ["remove", "wandb", "-s", "x"])
+    assert isinstance(again.exception, Refusal)
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
@@ -66,19 +79,6 @@ def test_a_value_is_its_owners_alone(secrets: Secrets) -> None:
         ("a", "k", b"x" * (MOST_BYTES + 1)),
     ],
 )
-def test_the_command_line_keeps_lists_and_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    run = CliRunner()
-    assert run.invoke(app, ["set", "wandb", "WANDB_API_KEY", "-s", "x"], input=f"{VALUE}\n").exit_code == 0
-    assert (tmp_path / "slipway" / "secrets" / "x" / "wandb" / "WANDB_API_KEY").read_text() == VALUE
-    listed = run.invoke(app, ["list", "-s", "x", "--json"])
-    assert json.loads(listed.stdout) == {"stack": "x", "secrets": {"wandb": ["WANDB_API_KEY"]}}
-    assert VALUE not in listed.output
-    assert run.invoke(app, ["remove", "wandb", "-s", "x"]).exit_code == 0
-    again = run.invoke(app, ["remove", "wandb", "-s", "x"])
-    assert isinstance(again.exception, Refusal)
-
-
 def test_what_no_secret_can_be_is_refused(secrets: Secrets, name: str, key: str, value: bytes) -> None:
     with pytest.raises(ValueError, match="Secret"):
         secrets.set(name, key, value)
