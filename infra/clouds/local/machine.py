@@ -57,11 +57,15 @@ def may_raise_oom_score() -> bool:
 
 
 def start(places: Places, debian: Debian, processes: Sequence[Process]) -> None:
-    """Start the node in namespaces of its own, and link the machine to it."""
+    """Start the node in namespaces of its own, and link the machine to it. Raises `Unable`, `ClusterError`."""
+    if there := other(places):
+        raise Unable(
+            f"a cluster runs on this machine already ({there}). Fix: `slipway cluster down` by whoever made it"
+        )
     for folder in (places.shared, places.library, places.logs):
         folder.mkdir(parents=True, exist_ok=True)
-    for cgroup in _hierarchies():
-        (cgroup / CGROUP).mkdir(exist_ok=True)
+    for hierarchy in _hierarchies():
+        (hierarchy / CGROUP).mkdir(exist_ok=True)
     kept = {name: Path("/proc/sys", name).read_text() for name in SYSCTLS if Path("/proc/sys", name).exists()}
     _keep(places.state / SYSCTLS_KEPT, kept)
     plan = places.state / PLAN
@@ -88,18 +92,20 @@ def start(places: Places, debian: Debian, processes: Sequence[Process]) -> None:
 def is_clean(places: Places) -> bool:
     """Whether nothing of a node is on this machine: no process, interface, cgroup, file or empty folder."""
     folder = places.state.parent
-    cgroups = [cgroup / CGROUP for cgroup in _hierarchies()] if CGROUPS.exists() else []
-    left = places.state.exists() or (folder.exists() and not any(folder.iterdir()))
-    return not (left or link.is_there() or any(cgroup.exists() for cgroup in cgroups) or pids(places))
+    if pids(places) or places.state.exists() or (folder.exists() and not any(folder.iterdir())):
+        return False
+    # Interface and cgroups have the same names for everybody: beside another user's node they are that one's.
+    return other(places) is not None or not (link.is_there() or _cgroups())
 
 
 def stop(places: Places) -> bool:
     """End the node and restore the machine, whatever state both are in. Whether there was anything."""
     found = not is_clean(places)
     _kill(places)
-    link.remove()
-    for cgroup in _hierarchies():
-        _remove_cgroups(cgroup / CGROUP)
+    if other(places) is None:
+        link.remove()
+        for cgroup in _cgroups():
+            _remove_cgroup(cgroup)
     kept = places.state / SYSCTLS_KEPT
     if kept.exists():
         for name, value in json.loads(kept.read_text()).items():
@@ -181,7 +187,13 @@ def _hierarchies() -> list[Path]:
     return sorted(folder for folder in CGROUPS.iterdir() if (folder / "cgroup.procs").exists())
 
 
-def _remove_cgroups(cgroup: Path) -> None:
+def _cgroups() -> list[Path]:
+    """The node's own, that are there."""
+    hierarchies = _hierarchies() if CGROUPS.exists() else []
+    return [hierarchy / CGROUP for hierarchy in hierarchies if (hierarchy / CGROUP).exists()]
+
+
+def _remove_cgroup(cgroup: Path) -> None:
     until = time.monotonic() + END_S
     while cgroup.exists():
         for folder, _, _ in os.walk(cgroup, topdown=False):
@@ -193,10 +205,21 @@ def _remove_cgroups(cgroup: Path) -> None:
         time.sleep(0.02)
 
 
+def other(places: Places) -> Path | None:
+    """Folder of a cluster that runs on this machine for somebody else."""
+    plans = {Path(os.fsdecode(words[-1])) for _, words in _nodes()}
+    return next((plan.parent for plan in sorted(plans) if plan.parent != places.state), None)
+
+
 def _ours(places: Places) -> Iterator[tuple[int, list[bytes]]]:
-    plan = str(places.state / PLAN).encode()
+    plan = os.fsencode(places.state / PLAN)
+    return ((pid, words) for pid, words in _nodes() if words[-1] == plan)
+
+
+def _nodes() -> Iterator[tuple[int, list[bytes]]]:
+    """Processes that are the first of a node, or started one: id and command, whose last word is the plan."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            if words[-1] == plan and b"infra.clouds.local.node" in words:
+            if b"infra.clouds.local.node" in words:
                 yield int(folder.name), words
