@@ -31,16 +31,20 @@ Kubeconfig = Annotated[
 def up(
     kubeconfig: Kubeconfig = None,
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs that a node says it has: scheduled, not there.")] = 4,
+    add_ons: Annotated[
+        list[clusters.AddOn] | None,
+        typer.Option("--with", help="An add-on that stacks may need, with what it needs itself. Repeat for several."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Have a cluster that is ready: names, volumes, metrics of pods, network policies.
+    """Have a cluster that is ready: names, volumes, metrics of pods, network policies. Again with --with adds to it.
 
     The first time Kubernetes is built from its Go modules, which takes minutes; then it is up in seconds. Needs root, Go and
     Debian, or Docker. Nothing is installed: programs go to ~/.cache/slipway, the cluster to ~/.local/state/slipway.
     """
     places = clusters.Places.of_user()
     with _errors(), _alone(places):
-        found = clusters.up(places, kubeconfig=kubeconfig, gpus=gpus, say=sayer())
+        found = clusters.up(places, kubeconfig=kubeconfig, gpus=gpus, add_ons=add_ons or [], say=sayer())
     if json:
         print_json(asdict(found))
         return
@@ -88,6 +92,8 @@ def _tell(found: clusters.Status) -> None:
         gpus = f" · {found.gpus} GPUs to schedule, none to compute" if found.gpus else ""
         people.print(f"Kubernetes {found.version} on {what} · {found.nodes_ready} ready{gpus}")
         people.print(f"network policies are {found.network_policies}")
+        if found.add_ons:
+            people.print(f"with {', '.join(found.add_ons)}")
     else:
         people.print(f"no cluster answers. Fix: {me()} cluster up")
     for line in found.waiting:

@@ -8,10 +8,12 @@ The whole cluster lives in namespaces of its own (processes, mounts, network, ho
 
 so that to end one process is to end all of them, with every mount, network interface and nft rule that they made, in
 whatever state they were. Reading order: `places`, `debian`, `golang` (what runs), `settings` (how), `node` (inside the
-namespaces), `machine` (outside), `cluster` (up, down, status).
+namespaces), `machine` (outside), `addons` and
+`options` (what is in it), `cluster` (up, down, status).
 """
 
 from infra.clouds.local.cluster import Status, down, images, load_image, status, up
+from infra.clouds.local.options import AddOn
 from infra.clouds.local.places import ClusterError, Places, Unable
 
-__all__ = ["ClusterError", "Places", "Status", "Unable", "down", "images", "load_image", "status", "up"]
+__all__ = ["AddOn", "ClusterError", "Places", "Status", "Unable", "down", "images", "load_image", "status", "up"]

@@ -1,16 +1,17 @@
-"""A container image of one static program, as an OCI archive: the same bytes for the same program.
+"""A container image of one program, as an OCI archive: the same bytes for the same program.
 
 https://github.com/opencontainers/image-spec/blob/v1.1.0/image-layout.md
 """
 
-import gzip
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from infra.clouds.local.shell import run
 
 Json = dict[str, Any]
 USER = 65532
@@ -19,9 +20,10 @@ MEDIA = "application/vnd.oci.image"
 
 
 def write(out: Path, *, reference: str, program: Path, command: Sequence[str] = ()) -> None:
-    """Write the image `reference` to `out`: `program` at /bin/NAME; runs `command`, else itself."""
+    """Write the image `reference` to `out`: `program` at /bin/NAME, with the libraries it is linked to; runs `command`, else itself."""
     inside = f"bin/{program.name}"
-    layer = _layer(program, inside)
+    # Not compressed: it goes no further than to the node, which would only unpack it again.
+    layer = _layer({inside: program} | {str(path).lstrip("/"): path for path in libraries(program)})
     config = _json(
         {
             "architecture": "amd64",
@@ -30,13 +32,12 @@ def write(out: Path, *, reference: str, program: Path, command: Sequence[str] = 
             "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
         }
     )
-    packed = gzip.compress(layer, compresslevel=1, mtime=0)
     manifest = _json(
         {
             "schemaVersion": 2,
             "mediaType": f"{MEDIA}.manifest.v1+json",
             "config": _descriptor(config, f"{MEDIA}.config.v1+json"),
-            "layers": [_descriptor(packed, f"{MEDIA}.layer.v1.tar+gzip")],
+            "layers": [_descriptor(layer, f"{MEDIA}.layer.v1.tar")],
         }
     )
     named = _descriptor(manifest, f"{MEDIA}.manifest.v1+json") | {
@@ -44,19 +45,27 @@ def write(out: Path, *, reference: str, program: Path, command: Sequence[str] = 
     }
     with tarfile.open(out, "w") as archive:
         _add(archive, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
-        for blob in (packed, config, manifest):
+        for blob in (layer, config, manifest):
             _add(archive, f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}", blob)
         _add(archive, "index.json", _json({"schemaVersion": 2, "manifests": [named]}))
 
 
-def _layer(program: Path, inside: str) -> bytes:
+def libraries(program: Path) -> list[Path]:
+    """What the loader would load for `program`, by absolute path; nothing for a static one."""
+    words = run("ldd", program).stdout.split()
+    return sorted({Path(word) for word in words if word.startswith("/") and not word.endswith(":")})
+
+
+def _layer(files: Mapping[str, Path]) -> bytes:
     packed = io.BytesIO()
+    folders = {str(parent) for name in files for parent in Path(name).parents} - {"."}
     with tarfile.open(fileobj=packed, mode="w") as layer:
-        for folder in ("bin", "tmp"):
+        for folder in sorted({*folders, "tmp"}):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             layer.addfile(entry)
-        _add(layer, inside, program.read_bytes(), mode=0o755)
+        for name, path in sorted(files.items()):
+            _add(layer, name, path.read_bytes(), mode=0o755)
     return packed.getvalue()
 
 

@@ -6,23 +6,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from infra.apply.client import ApiError, Cluster
-from infra.clouds.local import addons, archive, debian, golang, kind, machine, settings
+from infra.clouds.local import addons, archive, debian, golang, kind, machine, options, settings
 from infra.clouds.local.debian import Debian, Say
 from infra.clouds.local.golang import Built
-from infra.clouds.local.places import ClusterError, Places
+from infra.clouds.local.options import AddOn
+from infra.clouds.local.places import ClusterError, Places, Unable
 from infra.clouds.local.shell import run
 
 How = Literal["kubeconfig", "kind", "node"]
 READY_S = 120.0
-# Of these programs the node has an image each, `localhost/NAME:1`.
+# Of these programs the node has an image each.
 IMAGES = ("coredns", "metrics-server")
 
 
@@ -36,20 +37,37 @@ class Status:
     gpus: int = 0
     """Stand-ins: they are scheduled, and compute nothing."""
     network_policies: Literal["enforced", "not enforced", "unknown"] = "unknown"
+    add_ons: tuple[AddOn, ...] = ()
+    """Those that it has."""
     waiting: tuple[str, ...] = ()
     """What is not ready yet, and why."""
 
 
-def up(places: Places, *, kubeconfig: Path | None, gpus: int, say: Say) -> Status:
-    """Have a cluster that is ready: the one of `kubeconfig`, kind's where Docker is, else a node of this machine.
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What a cluster is to have beyond itself."""
+
+    gpus: int = 0
+    add_ons: Sequence[AddOn] = ()
+    programs: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Image → program, of the add-ons."""
+
+
+def up(places: Places, *, kubeconfig: Path | None, gpus: int, add_ons: Sequence[AddOn] = (), say: Say) -> Status:
+    """Have a cluster that is ready: the one of `kubeconfig`, kind's where Docker is, else a node of this machine; and `add_ons` (of
+    `options`) in it, with what they need.
 
     Idempotent; what a killed run left is taken down first. Raises `Unable` where it cannot be, `ClusterError` where it fails.
     """
     if kubeconfig is not None:
-        return _prepared("kubeconfig", places, kubeconfig, gpus=0, say=say)
+        if add_ons:
+            raise Unable("add-ons of your own cluster are yours to install. Fix: their Helm charts, or no --kubeconfig")
+        return _prepared("kubeconfig", places, kubeconfig, wanted=_Wanted(), say=say)
+    names = options.with_needs(add_ons)
+    wanted = _Wanted(gpus=gpus, add_ons=names, programs=options.programs(places.cache, names, say=say))
     if kind.is_possible():
         kind.up(places.kubeconfig, cache=places.cache, say=say)
-        return _prepared("kind", places, places.kubeconfig, gpus=gpus, say=say)
+        return _prepared("kind", places, places.kubeconfig, wanted=wanted, say=say)
     machine.check()
     programs = debian.programs(places.cache, debian.NODE_PROGRAMS, files=debian.NODE_FILES, say=say)
     built = golang.build(places.cache, say=say)
@@ -62,7 +80,7 @@ def up(places: Places, *, kubeconfig: Path | None, gpus: int, say: Say) -> Statu
         except BaseException:
             machine.stop(places)
             raise
-    return _prepared("node", places, places.kubeconfig, gpus=gpus, say=say)
+    return _prepared("node", places, places.kubeconfig, wanted=wanted, say=say)
 
 
 def down(places: Places, *, say: Say) -> bool:
@@ -72,7 +90,7 @@ def down(places: Places, *, say: Say) -> bool:
         kind.down(places.cache)
         shutil.rmtree(places.state, ignore_errors=True)
         return True
-    if not places.state.exists() and not machine.pids(places):
+    if machine.is_clean(places):
         return False
     machine.check()
     return machine.stop(places)
@@ -100,6 +118,7 @@ def status(places: Places, kubeconfig: Path | None = None) -> Status:
         nodes_ready=len(ready),
         gpus=sum(int(node["status"].get("capacity", {}).get(addons.GPU, 0)) for node in nodes),
         network_policies="unknown" if how == "kubeconfig" else "enforced",
+        add_ons=addons.installed(cluster) if how != "kubeconfig" else (),
         waiting=(*waiting, *(addons.waiting(cluster) if how != "kubeconfig" else ())),
     )
 
@@ -126,6 +145,11 @@ def images(places: Places) -> set[str]:
     return set(done.stdout.split())
 
 
+def reference_of(program: str) -> str:
+    """The image of an add-on's program, as its manifest has it."""
+    return f"localhost/{program}:1"
+
+
 def _start(places: Places, programs: Debian, built: Built, *, say: Say) -> None:
     say("making keys")
     places.settings.mkdir(parents=True)
@@ -134,9 +158,14 @@ def _start(places: Places, programs: Debian, built: Built, *, say: Say) -> None:
     say("starting the node")
     machine.start(places, programs, settings.processes(places, built, python=sys.executable))
     _until(lambda: (places.shared / "containerd" / "containerd.sock").exists(), "containerd does not start", places)
+    own = {name: built.program(name) for name in IMAGES}
     with tempfile.TemporaryDirectory(dir=places.state) as folder:
-        for path in _images(built, programs, Path(folder)):
+        for path in _images(own, Path(folder)):
             _import(places, programs, path)
+        shell, forever = programs.file("bin/busybox"), ["/bin/busybox", "sleep", "2147483647"]
+        pause = Path(folder, "node.tar")
+        archive.write(pause, reference=settings.PAUSE, program=shell, command=forever)
+        _import(places, programs, pause)
 
 
 def _keys(places: Places, built: Built) -> None:
@@ -156,12 +185,13 @@ def _keys(places: Places, built: Built) -> None:
     places.kubeconfig.chmod(0o600)
 
 
-def _images(built: Built, programs: Debian, folder: Path) -> list[Path]:
-    for name in IMAGES:
-        archive.write(folder / f"{name}.tar", reference=f"localhost/{name}:1", program=built.program(name))
-    shell, forever = programs.file("bin/busybox"), ["/bin/busybox", "sleep", "2147483647"]
-    archive.write(folder / "node.tar", reference=settings.PAUSE, program=shell, command=forever)
-    return sorted(folder.iterdir())
+def _images(programs: Mapping[str, Path], folder: Path) -> Iterator[Path]:
+    """An archive for each `localhost/NAME:1`, of its one program; the one before is gone when the next is made."""
+    for name, program in programs.items():
+        path = folder / f"{name}.tar"
+        archive.write(path, reference=reference_of(name), program=program)
+        yield path
+        path.unlink()
 
 
 def _import(places: Places, programs: Debian, path: Path) -> None:
@@ -188,7 +218,7 @@ def _ctr(places: Places, programs: Debian, *words: str) -> "subprocess.Completed
     return run(*command, env=programs.env)
 
 
-def _prepared(how: How, places: Places, kubeconfig: Path, *, gpus: int, say: Say) -> Status:
+def _prepared(how: How, places: Places, kubeconfig: Path, *, wanted: _Wanted, say: Say) -> Status:
     say("waiting for the API server")
     cluster: Any = None
 
@@ -200,11 +230,24 @@ def _prepared(how: How, places: Places, kubeconfig: Path, *, gpus: int, say: Say
         return False
 
     _until(answers, "no node gets ready", places)
-    say("adding names, volumes, metrics")
-    addons.install(cluster, everything=how == "node", monitoring=how != "kubeconfig")
-    addons.stand_in_gpus(cluster, gpus)
-    _until(lambda: not addons.waiting(cluster) or how == "kubeconfig", "the add-ons do not get ready", places)
+    if how != "kubeconfig":
+        _add(how, places, cluster, wanted=wanted, say=say)
+    addons.stand_in_gpus(cluster, wanted.gpus)
+    _until(lambda: how == "kubeconfig" or not addons.waiting(cluster), "the add-ons do not get ready", places)
     return status(places, kubeconfig if how == "kubeconfig" else None)
+
+
+def _add(how: How, places: Places, cluster: Cluster, *, wanted: _Wanted, say: Say) -> None:
+    """The add-ons' images, kinds and objects."""
+    there = images(places)
+    missing = {name: program for name, program in wanted.programs.items() if reference_of(name) not in there}
+    with tempfile.TemporaryDirectory(dir=places.state) as folder:
+        for path in _images(missing, Path(folder)):
+            load_image(places, path, say=say)
+    say(f"adding {', '.join(('names, volumes, metrics', *wanted.add_ons))}")
+    kinds = addons.define(cluster, wanted.add_ons)
+    _until(lambda: not addons.unknown(cluster, kinds), "the API server does not take the kinds of add-ons", places)
+    addons.install(cluster, everything=how == "node", options=wanted.add_ons)
 
 
 def _how(places: Places, kubeconfig: Path | None) -> How | None:

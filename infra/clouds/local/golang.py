@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.clouds.local.debian import Say
+from infra.clouds.local.making import making, tied
 from infra.clouds.local.places import KUBERNETES, ClusterError, Unable, digest_of
 from infra.clouds.local.shell import run
 
@@ -19,8 +19,6 @@ FLAGS = {
     "-X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36",
 }
 MODULES = ("kubernetes", "coredns", "metrics-server")
-# Its manifests are read, and none of its programs built.
-MONITORING = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
 
 
 @dataclass(frozen=True)
@@ -44,26 +42,24 @@ def build(cache: Path, modules: Sequence[str] = MODULES, *, say: Say) -> Built:
     return Built(folders)
 
 
-def module_folder(module_version: str) -> Path:
-    """Folder of a module's sources, `PATH@VERSION`, in Go's module cache."""
-    done = run(_go(), "mod", "download", "-json", module_version, cwd=TOOLS, env=_env())
+def module_folder(module: str, *, tool: str) -> Path:
+    """Folder of a module's sources in Go's module cache, of the version that the go.mod of tools/`tool` says."""
+    done = run(_go(), "mod", "download", "-json", module, cwd=TOOLS / tool, env=_env())
     if done.returncode:
-        raise ClusterError(f"go cannot fetch {module_version}: {(done.stdout or done.stderr).strip()[-400:]}")
+        raise ClusterError(f"go cannot fetch {module}: {(done.stdout or done.stderr).strip()[-400:]}")
     return Path(json.loads(done.stdout)["Dir"])
 
 
 def _build(module: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{module}-") as beside:
-        programs = Path(beside, "bin")
+    with making(folder) as part:
+        if part is None:  # another build of the same was first
+            return
         # Every program that go.mod declares as a tool, where the module is no program itself.
         what = "." if (TOOLS / module / "main.go").exists() else "tool"
-        flags = ["-trimpath", "-ldflags", f"-s -w {FLAGS.get(module, '')}", "-o", f"{programs}/"]
-        done = run(_go(), "build", *flags, what, cwd=TOOLS / module, env=_env())
+        flags = ["-trimpath", "-ldflags", f"-s -w {FLAGS.get(module, '')}", "-o", f"{part}/"]
+        done = run(*tied(_go(), "build", *flags, what), cwd=TOOLS / module, env=_env() | {"GOTMPDIR": str(part)})
         if done.returncode:
             raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
-        if not folder.exists():  # else another build of the same was first
-            programs.rename(folder)
 
 
 def _env() -> dict[str, str]:
