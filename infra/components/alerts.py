@@ -8,13 +8,27 @@ from infra.spec import Objectives, Service, Stack
 Json = dict[str, Any]
 # Multi-window burn rate: 2 % of a month's error budget in an hour (Google SRE Workbook, ch. 5).
 FAST_BURN = 14.4
+UNSERVED = "envoy_cluster_upstream_cx_none_healthy"
 SERVER_ERRORS = 'outcome=~"error|unavailable"'
 
 
 def rule_groups(stack: Stack) -> list[Json]:
     """`spec.groups` of the PrometheusRule: one group a service (and one of what is recorded for it), one for the training."""
     groups = [group for service in stack.services for group in (*_recordings(service, stack), _service(service, stack))]
-    return [*groups, _training(stack)] if stack.training else groups
+    groups += [_training(stack)] if stack.training else []
+    wanted = [group | {"rules": [_as_wanted(rule, stack) for rule in group["rules"]]} for group in groups]
+    kept = [group | {"rules": [rule for rule in group["rules"] if rule]} for group in wanted]
+    return [group for group in kept if group["rules"]]
+
+
+def _as_wanted(rule: Json, stack: Stack) -> Json | None:
+    """The rule as `monitoring.alerts` has it; None where that switches it off."""
+    found = next((alert for name, alert in stack.monitoring.alerts.items() if name == rule.get("alert")), None)
+    if found is None:
+        return rule
+    if not found.enabled:
+        return None
+    return rule if found.after_s is None else rule | {"for": f"{found.after_s}s"}
 
 
 def series(metric: str, stack: Stack, service: Service | None = None, *, extra: str = "") -> str:
@@ -31,9 +45,23 @@ def p95(metric: str, stack: Stack, service: Service) -> str:
 
 
 def error_share(stack: Stack, service: Service, window: str) -> str:
-    """Share of requests that ended in an error of the server's."""
-    bad = series("slipway_serve_requests_total", stack, service, extra=SERVER_ERRORS)
-    return f"sum(rate({bad}[{window}])) / sum(rate({series('slipway_serve_requests_total', stack, service)}[{window}]))"
+    """Share of requests that ended in an error of the server's, or at the router for want of a server that is ready."""
+    own = stack.runtime(service).is_own
+    bad = [series("slipway_serve_requests_total", stack, service, extra=SERVER_ERRORS)]
+    all_of = [series("slipway_serve_requests_total", stack, service)]
+    if own:  # of another runtime the router counts every answer, its own too
+        bad, all_of = ([*those, unserved(stack, service)] for those in (bad, all_of))
+
+    def rate(those: list[str]) -> str:
+        # A series that is not there yet is no error, and must not make the sum absent.
+        return " + ".join(f"(sum(rate({one}[{window}])) or vector(0))" for one in those)
+
+    return f"({rate(bad)}) / ({rate(all_of)})"
+
+
+def unserved(stack: Stack, service: Service) -> str:
+    """Selector of the router's count of requests that found no replica ready."""
+    return f'{UNSERVED}{{namespace="{stack.platform.namespace}", envoy_cluster_name="{service.name}"}}'
 
 
 def _recordings(service: Service, stack: Stack) -> list[Json]:
@@ -56,8 +84,9 @@ def _service(service: Service, stack: Stack) -> Json:
         ),
         _alert(
             "SlipwayNoReplicaReady",
-            # With nothing to scrape at all, the sum is absent and not 0.
-            f"(sum({ready}) or vector(0)) == 0",
+            # With nothing to scrape at all, the sum is absent and not 0. Where none is what the stack wants, one must be missed.
+            f"(sum({ready}) or vector(0)) == 0"
+            + ("" if service.least_replicas else f" and {_is_called(service, stack)}"),
             wait="15m",
             severity="critical",
             summary=f"{service.name}: no replica can answer",
@@ -77,6 +106,10 @@ def _service(service: Service, stack: Stack) -> Json:
             )
         )
     return {"name": f"slipway-{service.name}", "rules": rules}
+
+
+def _is_called(service: Service, stack: Stack) -> str:
+    return f"sum(rate({unserved(stack, service)}[5m])) > 0"
 
 
 def _latencies(service: Service, stack: Stack) -> list[Json]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from infra.catalog import Instance, instance
 from infra.clouds import beside_pools, on_pool
-from infra.components.alerts import series
+from infra.components.alerts import series, unserved
 from infra.components.autoscaler import METRIC, AutoscalerArgs
 from infra.components.batch_inference import BatchInferenceArgs
 from infra.components.common import Scope
@@ -144,6 +144,7 @@ def training_job(platform: Platform, shared: Stages) -> TrainingJobArgs:
         pipeline=shared.pipeline,
         image=shared.image,
         placement=on_pool(platform.stack, training.pool),
+        meeting_placement=beside_pools(platform.stack, [training.pool]),
         resources=training_resources(training, machine),
         ranks_per_node=ranks,
         gpus=ranks if machine.gpus else 0,
@@ -190,8 +191,16 @@ def autoscaler(platform: Platform, service: Service) -> AutoscalerArgs:
         autoscaling=service.autoscaling,
         by_replica=platform.stack.runtime(service).counts_in_flight,
         prometheus_url=platform.stack.monitoring.prometheus_url,
-        query=f"sum({series(METRIC, platform.stack, service)})",
+        query=_in_flight(platform.stack, service),
     )
+
+
+def _in_flight(stack: Stack, service: Service) -> str:
+    """Requests that the replicas hold. Where there may be none to hold any: those too, of the last minute, that found none."""
+    held = f"sum({series(METRIC, stack, service)})"
+    if service.least_replicas:
+        return held
+    return f"({held} or vector(0)) + (sum(increase({unserved(stack, service)}[1m])) or vector(0))"
 
 
 def batch_inference(platform: Platform, batch: Batch, server: Image) -> BatchInferenceArgs:
@@ -227,6 +236,7 @@ def network(platform: Platform) -> NetworkArgs:
     return NetworkArgs(
         scope=platform.scope,
         trains=stack.training is not None,
+        meets=stack.training is not None and stack.training.launches > 1,
         serves=bool(stack.services),
         scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),
         client_namespaces=stack.tenancy.ingress_from_namespaces,

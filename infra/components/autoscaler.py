@@ -11,6 +11,8 @@ from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
 from infra.components.common import SKIP_AWAIT, Scope
 from infra.spec import Autoscaling
 
+POLL_S = 10
+"""Between KEDA's looks at a service that has no replica."""
 METRIC = "slipway_serve_requests_in_flight"
 
 
@@ -25,7 +27,7 @@ class AutoscalerArgs:
     prometheus_url: str | None
     """Where KEDA finds Prometheus."""
     query: str
-    """PromQL of the requests that all replicas hold together."""
+    """PromQL of the requests that all replicas hold together, and of those that found none."""
 
 
 class Autoscaler(pulumi.ComponentResource):
@@ -77,6 +79,8 @@ class Autoscaler(pulumi.ComponentResource):
                 "scaleTargetRef": {"name": args.service},
                 "minReplicaCount": wanted.min_replicas,
                 "maxReplicaCount": wanted.max_replicas,
+                "pollingInterval": POLL_S,
+                "cooldownPeriod": wanted.scale_down_after_s,
                 "triggers": [trigger],
                 "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _rules(wanted.scale_down_after_s)}},
             },

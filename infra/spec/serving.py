@@ -25,8 +25,9 @@ class Autoscaling(Spec):
     by: Literal["hpa", "keda"] = "hpa"
     """What scales: a HorizontalPodAutoscaler, which needs a metrics adapter, or a ScaledObject of KEDA, which asks Prometheus itself
     (`monitoring.prometheus_url`)."""
-    min_replicas: PositiveInt = 1
-    """Replicas that are always there."""
+    min_replicas: NonNegativeInt = 1
+    """Replicas that are always there. 0, with KEDA: none while nobody calls; a request that finds none is answered with 503 and
+    Retry-After, and brings one."""
     max_replicas: PositiveInt
     """Replicas at most; the checks hold it against the pool."""
     target_in_flight: PositiveFloat = 8
@@ -38,6 +39,10 @@ class Autoscaling(Spec):
     def _min_below_max(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise Misplaced(f"{self.min_replicas} is above max_replicas {self.max_replicas}", "min_replicas")
+        if self.min_replicas == 0 and self.by == "hpa":
+            raise Misplaced(
+                "a HorizontalPodAutoscaler keeps one replica at least; KEDA goes to 0 (by: keda)", "min_replicas"
+            )
         return self
 
 

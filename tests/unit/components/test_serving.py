@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from infra.components.alerts import rule_groups
 from infra.spec import StackError, load
+from infra.spec.serving import AlertName
 
 from .conftest import STACKS, Json, Objects
 
@@ -180,6 +181,26 @@ def test_alerts_and_dashboards_hold_the_objectives(rendered: Callable[..., Objec
     assert "0.321" in next(iter(board["data"].values()))
 
 
+def alerts(objects: Objects) -> dict[str, Any]:
+    groups = objects.one("PrometheusRule", "objectives")["spec"]["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def test_every_alert_can_be_switched_off_or_told_when_to_fire(rendered: Callable[..., Objects]) -> None:
+    usual = alerts(rendered("prod", {}))
+    assert set(usual) == set(get_args(AlertName))
+    changes = {"SlipwayJobFailed": {"enabled": False}, "SlipwayNoReplicaReady": {"after_s": 45}}
+    changed = alerts(rendered("prod", {"monitoring.alerts": changes}))
+    assert set(usual) - set(changed) == {"SlipwayJobFailed"}
+    assert changed.pop("SlipwayNoReplicaReady") == usual["SlipwayNoReplicaReady"] | {"for": "45s"}
+    assert all(rule == usual[name] for name, rule in changed.items())
+
+
+def test_without_its_alerts_a_stack_has_no_rules(rendered: Callable[..., Objects]) -> None:
+    off = {name: {"enabled": False} for name in get_args(AlertName)}
+    assert rendered("prod", {"monitoring.alerts": off}).kind("PrometheusRule") == []
+
+
 def test_the_autoscalers_limit_is_watched() -> None:
     groups = rule_groups(load(STACKS / "Pulumi.prod.yaml"))
     alert = next(r for g in groups for r in g["rules"] if r["alert"] == "SlipwayAtMaxReplicas")
@@ -272,6 +293,21 @@ def test_keda_scales_on_the_same_signal_and_needs_to_know_where_prometheus_is(re
         "query": 'sum(slipway_serve_requests_in_flight{namespace="slipway-prod", inference_service="chat"})',
         "threshold": "24",
     }
+    assert scaled["cooldownPeriod"] == 300
     behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     (kept,) = rendered("prod", {}).kind("HorizontalPodAutoscaler")
     assert behavior == kept["spec"]["behavior"]
+
+
+def test_none_while_nobody_calls_is_kedas_to_do_and_hears_the_router(rendered: Callable[..., Objects]) -> None:
+    none = {"services.0.autoscaling.min_replicas": 0, "services.0.autoscaling.max_replicas": 2}
+    with pytest.raises(StackError, match=r"min_replicas: .*by: keda"):
+        rendered("prod", none)
+    url = {"monitoring": {"prometheus_url": "http://prometheus.monitoring:9090"}}
+    objects = rendered("prod", none | url | {"services.0.autoscaling.by": "keda"})
+    scaled = objects.one("ScaledObject", "chat")["spec"]
+    assert scaled["minReplicaCount"] == 0
+    # Who finds no replica is seen at the router alone: by KEDA, and by the alert that would otherwise always fire.
+    unserved = "envoy_cluster_upstream_cx_none_healthy"
+    assert unserved in scaled["triggers"][0]["metadata"]["query"]
+    assert unserved in alerts(objects)["SlipwayNoReplicaReady"]["expr"]
