@@ -67,7 +67,7 @@ def declare_training(platform: args.Platform, trainer: Image) -> None:
     data = DataJob("data", args.data_job(platform, stages))
     training = TrainingJob("train", args.training_job(platform, stages))
     promotion = Promotion("promote", args.promotion(platform, stages))
-    pulumi.export("jobs", [data.job_name, training.job_name, promotion.job_name])
+    pulumi.export("jobs", [data.job_name, *training.job_names, promotion.job_name])
 
 
 def declare_serving(platform: args.Platform, server: Image) -> None:

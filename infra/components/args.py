@@ -238,6 +238,7 @@ def network(platform: Platform) -> NetworkArgs:
         trains=stack.training is not None,
         meets=stack.training is not None and stack.training.launches > 1,
         serves=bool(stack.services),
+        session_stores={service.name: service.session_store for service in stack.services if service.session_store},
         scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),
         client_namespaces=stack.tenancy.ingress_from_namespaces,
         public=stack.router.expose == "LoadBalancer",

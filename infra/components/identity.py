@@ -16,6 +16,8 @@ def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
         "router": (),
         "keep": (),
     }
+    if training and training.launches > 1:
+        urls["meet"] = ()
     if stack.batches:
         urls["batch"] = (stack.registry.url, *(url for batch in stack.batches for url in (batch.input, batch.output)))
     return {component: tuple(url for url in opened if url and is_remote(url)) for component, opened in urls.items()}

@@ -1,13 +1,14 @@
 """Who may talk to whom: nothing, then exactly the flows that the stack needs. Each policy is named after its one purpose."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pulumi
 from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
 from pulumi_kubernetes.networking import v1 as net
 
-from infra.components.common import Scope, component_selector
+from infra.components.common import Scope, component_selector, selector
+from infra.spec import SessionStore
 
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 METADATA_SERVICE = "169.254.169.254/32"
@@ -18,7 +19,11 @@ NODE_LOCAL_DNS = "169.254.20.10/32"
 class NetworkArgs:
     scope: Scope
     trains: bool
+    meets: bool
+    """Training pods are launches that meet (`local_sgd.launches`)."""
     serves: bool
+    session_stores: Mapping[str, SessionStore]
+    """Where services keep the chat page's sessions, by the service's name."""
     scraped_ports: Sequence[str]
     """Names of the ports at which replicas are scraped: `admin` where `http` asks for API keys."""
     client_namespaces: Sequence[str]
@@ -63,8 +68,11 @@ def _flows(args: NetworkArgs) -> list[_Flow]:
     flows = [_Flow(name="default-deny", pods={}, ingress=[], egress=[]), _dns()]
     if args.trains:
         flows.append(_gang())
+    if args.meets:
+        flows += _meeting()
     if args.serves:
         flows += [*_router_to_services(), _clients(args)]
+        flows += [_session_store(service, store) for service, store in args.session_stores.items()]
     if args.monitoring_namespace:
         flows += _scrapes(args, args.monitoring_namespace)
     return flows + [_object_store(component) for component in args.object_store_users]
@@ -94,6 +102,16 @@ def _gang() -> _Flow:
     )
 
 
+def _meeting() -> list[_Flow]:
+    """Launches ask the meeting place, which asks nobody; what they have learnt they tell one another, as ranks do."""
+    ask = net.NetworkPolicyEgressRuleArgs(to=[_pods("meet")], ports=_tcp("meeting"))
+    answer = net.NetworkPolicyIngressRuleArgs(from_=[_pods("train")], ports=_tcp("meeting"))
+    return [
+        _Flow(name="launches-call-meeting", pods=component_selector("train"), egress=[ask]),
+        _Flow(name="meeting-answers-launches", pods=component_selector("meet"), ingress=[answer]),
+    ]
+
+
 def _router_to_services() -> list[_Flow]:
     """Both ends of one flow: the router may call, the servers may be called."""
     call = net.NetworkPolicyEgressRuleArgs(to=[_pods("serve")], ports=_tcp("http"))
@@ -108,6 +126,13 @@ def _clients(args: NetworkArgs) -> _Flow:
     inside = [net.NetworkPolicyPeerArgs(pod_selector=LabelSelectorArgs()), *map(_namespace, args.client_namespaces)]
     rule = net.NetworkPolicyIngressRuleArgs(from_=None if args.public else inside, ports=_tcp("http"))
     return _Flow(name="clients-call-router", pods=component_selector("router"), ingress=[rule])
+
+
+def _session_store(service: str, store: SessionStore) -> _Flow:
+    """To the pods of the namespace that keeps it, or out of the cluster, at its one port."""
+    to = _namespace(store.namespace) if store.namespace else _outside()
+    rule = net.NetworkPolicyEgressRuleArgs(to=[to], ports=_tcp(store.port))
+    return _Flow(name=f"{service}-reaches-session-store", pods=selector("serve", service), egress=[rule])
 
 
 def _scrapes(args: NetworkArgs, namespace: str) -> list[_Flow]:
@@ -127,10 +152,14 @@ def _scrapes(args: NetworkArgs, namespace: str) -> list[_Flow]:
 
 
 def _object_store(component: str) -> _Flow:
-    """HTTPS to anywhere but the node's metadata service, whose credentials are the node's."""
-    internet = net.NetworkPolicyPeerArgs(ip_block=net.IPBlockArgs(cidr="0.0.0.0/0", except_=[METADATA_SERVICE]))
-    rule = net.NetworkPolicyEgressRuleArgs(to=[internet], ports=_tcp(443))
+    """HTTPS to anywhere."""
+    rule = net.NetworkPolicyEgressRuleArgs(to=[_outside()], ports=_tcp(443))
     return _Flow(name=f"{component}-reaches-object-store", pods=component_selector(component), egress=[rule])
+
+
+def _outside() -> net.NetworkPolicyPeerArgs:
+    """Any address but the node's metadata service, whose credentials are the node's."""
+    return net.NetworkPolicyPeerArgs(ip_block=net.IPBlockArgs(cidr="0.0.0.0/0", except_=[METADATA_SERVICE]))
 
 
 def _pods(component: str) -> net.NetworkPolicyPeerArgs:

@@ -41,6 +41,8 @@ class Pipeline:
     data_words: tuple[str, ...]
     """Its arguments `key=value`: config files hold no paths, so what has one is told so."""
     train_words: tuple[str, ...]
+    checkpoints: str | None
+    """Where a run's checkpoints go, if not beside the run: a directory of their own for each run."""
     evaluate_words: tuple[str, ...]
     data_digest: str
     train_digest: str
@@ -54,6 +56,17 @@ class Pipeline:
     @property
     def run(self) -> str:
         return f"/runs/{self.train_digest}"
+
+    def run_of(self, launch: int) -> str:
+        """The run of one launch; the first one's is what is judged."""
+        return f"{self.run}-{launch}" if launch else self.run
+
+    def words_of(self, launch: int) -> tuple[str, ...]:
+        """Arguments of the training program in one launch."""
+        paths = (f"data={self.dataset}", f"run={self.run_of(launch)}", *self.train_words)
+        if self.checkpoints is None:
+            return paths
+        return (*paths, f"checkpoints={self.checkpoints}" + (f"-{launch}" if launch else ""))
 
     @property
     def evaluation(self) -> str:
@@ -85,7 +98,8 @@ def pipeline(
         train_places=places_of(tune),
         evaluate_places=places_of(training.evaluate.located.values()),
         data_words=(*data_words, *base_words),
-        train_words=(*base_words, *_checkpoints(training, train_digest)),
+        train_words=base_words,
+        checkpoints=_checkpoints(training, train_digest),
         evaluate_words=evaluate_words,
         data_digest=data_digest,
         train_digest=train_digest,
@@ -132,10 +146,9 @@ def _aside(training: Training) -> Json:
     return config
 
 
-def _checkpoints(training: Training, digest: str) -> tuple[str, ...]:
-    """Where a run's checkpoints go, if not beside the run: a directory of their own for each run."""
+def _checkpoints(training: Training, digest: str) -> str | None:
     url = training.checkpoint.url
-    return () if url is None else (f"checkpoints={url.rstrip('/')}/{digest}",)
+    return None if url is None else f"{url.rstrip('/')}/{digest}"
 
 
 def _evaluate(training: Training) -> Json:
@@ -195,6 +208,8 @@ def _layout(layout: Parallelism) -> Json:
         wanted |= {"pp_schedule": "interleaved", "pp_stages_per_rank": layout.vpp}
     if layout.recompute != "none":
         wanted["recompute"] = layout.recompute
+    if layout.compile:
+        wanted["compile"] = True
     return {"parallelism": wanted}
 
 

@@ -38,7 +38,7 @@ class Claim:
 @dataclass(frozen=True, kw_only=True)
 class PodArgs:
     component: str
-    """`data`, `train`, `promote`, `serve` or `router`: label, and name of the ServiceAccount."""
+    """`data`, `train`, `meet`, `promote`, `serve`, `batch` or `router`: label, and name of the ServiceAccount."""
     instance: str
     placement: Placement
     containers: Sequence[core.ContainerArgs]

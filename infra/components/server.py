@@ -151,7 +151,16 @@ class Server:
             "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_MOUNT}/inductor",
             "TRITON_CACHE_DIR": f"{CACHE_MOUNT}/triton",
         }
-        return env(**(kept if self.service.cache_gib else {}), **self.runtime.env)
+        return [*env(**(kept if self.service.cache_gib else {}), **self.runtime.env), *self._session_store()]
+
+    def _session_store(self) -> list[core.EnvVarArgs]:
+        """By a variable, since a command line shows the URL's password to the whole node; by reference, since manifests are kept."""
+        store = self.service.session_store
+        if store is None:
+            return []
+        key = core.SecretKeySelectorArgs(name=store.secret, key="url")
+        source = core.EnvVarSourceArgs(secret_key_ref=key)
+        return [core.EnvVarArgs(name="SESSION_STORE_URL", value_from=source)]
 
     def _values(self) -> Values:
         """What each placeholder stands for; None: the service does not say."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from infra.catalog import Instance
 from infra.planner.run import Run
 from infra.spec import Training
 
@@ -34,6 +35,14 @@ def outer_bytes(training: Training) -> float:
     return 0.0 if training.local_sgd is None else 16 + 4 / training.local_sgd.fragments
 
 
+def meeting_s(training: Training, *, parameters: int, instance: Instance) -> float:
+    """Seconds a step that the meetings of launches take: each averages every weight once in `every_steps`, in fp32, by a ring, whose
+    every member sends 2·(n − 1)/n of it (Patarasuk and Yuan 2009); the nodes of a launch share it out."""
+    assert training.local_sgd is not None
+    n, gbps = training.launches, instance.network_gbps * training.nodes_of_launch
+    return 2 * (n - 1) / n * 4 * parameters * 8 / (gbps * 1e9) / training.local_sgd.every_steps
+
+
 def adapted(run: Run, training: Training) -> Run:
     """`run` as `training.lora` and `training.local_sgd` have it.
 
@@ -41,7 +50,9 @@ def adapted(run: Run, training: Training) -> Run:
     """
     if training.local_sgd:
         states = replace(run.states, moments=run.states.moments + outer_bytes(training))
-        run = replace(run, states=states, meets_every_steps=training.local_sgd.every_steps)
+        run = replace(run, states=states)
+        if training.launches == 1:  # else replicas inside of a launch average at every step, and launches meet apart
+            run = replace(run, meets_every_steps=training.local_sgd.every_steps)
     trained = trained_parameters(training)
     if trained is None:
         return run

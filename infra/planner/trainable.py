@@ -10,7 +10,8 @@ def obstacle(layout: Layout, training: Training) -> str | None:
     shared = {"kv_heads": model.kv_heads, "ffn": model.ffn, "vocabulary": training.data.vocab_size}
     uneven = [f"{name} {size}" for name, size in shared.items() if size % tp]
     pieces = (2 * cp if cp > 1 else 1) * tp
-    micro_batches = training.global_batch // (training.micro_batch * layout.batch_ranks)
+    replicas = layout.dp * training.launches
+    micro_batches = training.global_batch // (training.micro_batch * layout.batch_ranks * training.launches)
     documents = training.document_mask or training.data.task.kind != "text"
     reasons = {
         f"tp {tp} does not divide {' and '.join(uneven)}": bool(uneven),
@@ -21,6 +22,6 @@ def obstacle(layout: Layout, training: Training) -> str | None:
         > 0,
         f"attention that stays within documents is not split over cp {cp}": documents and cp > 1,
         f"adapters are not split over tp {tp}": training.lora is not None and tp > 1,
-        f"local_sgd averages replicas, and there is {layout.dp}": training.local_sgd is not None and layout.dp < 2,
+        f"local_sgd averages replicas, and there is {replicas}": training.local_sgd is not None and replicas < 2,
     }
     return next((reason for reason, is_so in reasons.items() if is_so), None)

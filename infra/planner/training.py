@@ -5,7 +5,7 @@ from math import isfinite
 
 from infra.catalog import Instance
 from infra.planner import cpu
-from infra.planner.adapters import adapted
+from infra.planner.adapters import adapted, meeting_s
 from infra.planner.estimate import GIB, Estimate
 from infra.planner.machine import gpu_on
 from infra.planner.run import FP32, Kernels, Layout, Recompute, Run, check_layout
@@ -17,6 +17,9 @@ from infra.spec import NodePool, Parallelism, Training, Unplannable
 
 TRAINER = Kernels(fused=False, wide_norms=True, bucket_view=True, logits_at_once=1 << 26)
 """How this repository's trainer runs a step: eager PyTorch, its own RMSNorm, loss over fp32 logits (trainer/loss.py), in pieces."""
+
+COMPILED = replace(TRAINER, fused=True, wide_norms=False)
+"""The same with `parallelism.compile`: each block is one graph, whose element-wise chains Inductor fuses."""
 
 RECOMPUTE: dict[str, Recompute] = {"none": "none", "selective": "matmul", "full": "full"}
 """What a stack calls it, and what the planner does."""
@@ -93,9 +96,12 @@ def layout_of(parallelism: Parallelism, *, ranks: int) -> Layout:
 
 
 def checked_layout(training: Training, *, ranks: int) -> Layout:
-    """The layout of a training. Raises `Unplannable` for one that ranks or model do not allow."""
+    """The layout of a training on `ranks` ranks, of each of its launches where it has several.
+
+    Raises `Unplannable` for one that ranks or model do not allow.
+    """
     try:
-        layout = layout_of(training.layout, ranks=ranks)
+        layout = layout_of(training.layout, ranks=ranks // training.launches)
         check_layout(Shape.of(training.shape, vocab_size=training.data.vocab_size), layout)
     except ValueError as error:
         raise Unplannable("training.parallelism", str(error)) from None
@@ -103,18 +109,19 @@ def checked_layout(training: Training, *, ranks: int) -> Layout:
 
 
 def run_of(training: Training, *, ranks: int) -> Run:
-    """The run that the training declares, on GPUs. Raises ValueError for a layout that the model does not allow."""
+    """The run that the training declares, on GPUs, or one of its launches. Raises ValueError for a layout that the model does not allow."""
     shape = Shape.of(training.shape, vocab_size=training.data.vocab_size)
     layout = checked_layout(training, ranks=ranks)
+    at_once = training.micro_batch * layout.batch_ranks * training.launches
     run = Run(
         shape=shape,
         seq=training.seq,
         micro_batch=training.micro_batch,
-        micro_batches=-(-training.global_batch // (training.micro_batch * layout.batch_ranks)),
+        micro_batches=-(-training.global_batch // at_once),
         layout=layout,
         recompute=RECOMPUTE[training.layout.recompute],
         states=FP32,
-        kernels=TRAINER,
+        kernels=COMPILED if training.layout.compile else TRAINER,
         value_bytes=4 if training.dtype == "float32" else 2,
     )
     return adapted(run, training)
@@ -125,7 +132,7 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
     ranks = training.nodes * ranks_per_node(training, instance)
     tokens = training.steps * training.global_batch * training.seq
     checked = checked_layout(training, ranks=ranks)
-    layout = describe(checked)
+    layout = describe(checked) if training.launches == 1 else f"{training.launches} launches of {describe(checked)}"
     if instance.gpu is None:
         speed = cpu.tokens_per_s(training, instance=instance)
         why = f"{instance.gflops_per_cpu:g} GFLOP/s reached on a CPU core (catalogue, measured with this trainer)"
@@ -138,7 +145,7 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         flops_per_s = gpu.tflops_bf16 * 1e12 * (FP32_SPEED if training.dtype == "float32" else 1)
         step = _gpu_step(run, training=training, instance=instance)
         peak, limit = memory(run, statistic="device"), gpu.memory_gib
-        flops = run.shape.flops_per_token(seq=training.seq) * run.tokens_per_step
+        flops = run.shape.flops_per_token(seq=training.seq) * run.tokens_per_step * training.launches
         mfu = flops / step.value / ranks / (gpu.tflops_bf16 * 1e12)
         hfu = mfu * hardware_flops_share(run)
     hours = training.steps * step.value / 3600
@@ -147,7 +154,7 @@ def plan_training(training: Training, *, pool: NodePool, instance: Instance) -> 
         name=training.name,
         pool=pool.name,
         ranks=ranks,
-        replicas=checked.dp,
+        replicas=checked.dp * training.launches,
         layout=layout,
         parameters=Shape.of(training.shape, vocab_size=training.data.vocab_size).parameters,
         tokens=tokens,
@@ -178,7 +185,13 @@ def _gpu_step(run: Run, *, training: Training, instance: Instance) -> Estimate:
     gpu = gpu_on(instance)
     if training.dtype == "float32":
         gpu = replace(gpu, tflops_bf16=gpu.tflops_bf16 * FP32_SPEED)
-    return step_time(run, gpu=gpu, node=instance.gpus)
+    step = step_time(run, gpu=gpu, node=instance.gpus)
+    if training.launches == 1:
+        return step
+    meets = meeting_s(training, parameters=run.trained or run.shape.parameters, instance=instance)
+    why = f"launches average over the node's {instance.network_gbps:g} Gb/s, from host to host (gloo)"
+    parts = {**step.parts, "meetings": meets}
+    return Estimate(value=step.value + meets, unit=step.unit, parts=parts, assumptions=(*step.assumptions, why))
 
 
 def describe(layout: Layout) -> str:

@@ -1,6 +1,6 @@
 """How a model learns: optimizer and schedule, adapters, replicas that train apart, checkpoints, and what to do when it goes wrong."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -59,9 +59,20 @@ class LocalSgd(Spec):
     """Parts of the model, each synchronised at a step of its own."""
     overlap_steps: NonNegativeInt = 0
     """Steps that go on while a fragment travels."""
+    launches: Annotated[int, Field(ge=2, le=64)] | None = None
+    """Replicas that are gangs of their own, each a Job of `nodes` / launches pods: one may die and return, and the others go on.
+    null: all are in one gang, which starts again together."""
+    lost_after_s: PositiveFloat | None = None
+    """Seconds without a sign of life after which the others go on without a launch; null: 15."""
 
     @model_validator(mode="after")
     def _fits_between(self) -> Self:
+        if self.launches and self.overlap_steps:
+            raise Misplaced(
+                "what travels would be lost with a launch that dies; leave one of the two out", "overlap_steps"
+            )
+        if self.lost_after_s and not self.launches:
+            raise Misplaced("is of replicas that are launches of their own; set launches too", "lost_after_s")
         if self.fragments > self.every_steps:
             raise Misplaced(f"{self.fragments} are more than every_steps {self.every_steps}", "fragments")
         if self.overlap_steps >= self.every_steps:

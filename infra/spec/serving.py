@@ -81,6 +81,17 @@ class Adapter(Spec):
     """One entry of the registry, for good; null: the channel's."""
 
 
+class SessionStore(Spec):
+    """A Redis or Valkey of the user's own, in which any replica finds the chat page's sessions and histories."""
+
+    secret: Name
+    """Secret whose `url` says where: `redis://…` (`rediss://` over TLS), with its password."""
+    namespace: Name | None = None
+    """Namespace whose pods keep it; null: it is outside of the cluster."""
+    port: Port = 6379
+    """Port that it listens on, the one port that network policies open to it."""
+
+
 class Service(Spec):
     name: Name
     """Name of the service."""
@@ -124,6 +135,8 @@ class Service(Spec):
     """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
     api_keys_secret: Name | None = None
     """Secret whose `keys.json` holds the hashes of API keys (`python -m serving.auth NAME` makes one); null: everyone may ask."""
+    session_store: SessionStore | None = None
+    """Where the chat page's sessions are kept; null: in each replica's memory, so that another replica asks to log in again."""
     adapters: tuple[Adapter, ...] = ()
     """LoRA adapters of the model that requests may ask for by name."""
     cache_gib: PositiveFloat | None = None

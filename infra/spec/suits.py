@@ -41,6 +41,10 @@ def refuse_unsuited(service: Service, runtime: Runtime, *, trained: bool, keys: 
             *keys,
             "adapters",
         )
+    if service.session_store and not runtime.is_own:
+        raise Misplaced(
+            f"runtime {runtime.name!r} has no chat page, and so no sessions; leave it out", *keys, "session_store"
+        )
     for key in sorted(
         {key for key in PLACEHOLDERS.values() if key} & service.model_fields_set - runtime.told - {"gpus", "drain_s"}
     ):

@@ -58,7 +58,7 @@ class Parallelism(Spec):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass."""
     compile: bool = False
-    """Compile each block at the first step (torch.compile): minutes once, faster steps."""
+    """Compile each block at the first step (torch.compile): minutes once, faster steps. The image must have a C compiler."""
 
     @model_validator(mode="after")
     def _chunks_are_a_pipelines(self) -> Self:
@@ -73,7 +73,7 @@ class Training(Spec):
     pool: Name
     """Node pool that it runs on."""
     nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = 1
-    """Pods, one a node: the gang."""
+    """Pods, one a node: the gang. With `local_sgd.launches` those of all of them together."""
     nproc_per_node: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Ranks in a pod; null: one for each GPU of the pool's instance."""
     parallelism: Annotated[Annotated[Parallelism, Tag("given")] | Auto, OR_AUTO] = Parallelism()
@@ -130,6 +130,16 @@ class Training(Spec):
     """Registry channel that is moved to the new digest when the gate passes."""
 
     @property
+    def launches(self) -> int:
+        """Gangs that train apart and meet, each a Job of its own."""
+        return (self.local_sgd and self.local_sgd.launches) or 1
+
+    @property
+    def nodes_of_launch(self) -> int:
+        """Pods of one gang."""
+        return self.nodes // self.launches
+
+    @property
     def layout(self) -> Parallelism:
         """`parallelism`, once the planner has chosen what was left to it."""
         assert isinstance(self.parallelism, Parallelism), "resolve the stack first (infra.planner.resolve)"
@@ -178,6 +188,19 @@ class Training(Spec):
                     "parallelism",
                     "cp",
                 )
+        if self.nodes % self.launches:
+            near = [n * self.launches for n in (self.nodes_of_launch, self.nodes_of_launch + 1) if n]
+            raise Misplaced(
+                f"{self.nodes} nodes do not divide by local_sgd.launches {self.launches}; "
+                f"the nearest: {' and '.join(map(str, near))}",
+                "nodes",
+            )
+        if self.launches > 1 and self.recover.bad_step == "skip":
+            raise Misplaced(
+                "goes back alone, and local_sgd.launches go on together; stop, or leave launches out",
+                "recover",
+                "bad_step",
+            )
         if "wandb" in self.sinks and not self.secret:
             raise Misplaced("Weights & Biases asks for a key; name the Secret that has WANDB_API_KEY", "secret")
         return self

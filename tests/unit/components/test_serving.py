@@ -145,6 +145,30 @@ def test_the_internet_is_only_for_pods_that_open_an_object_store(prod: Objects, 
     assert spec["to"][0]["ipBlock"]["except"] == ["169.254.169.254/32"]
 
 
+def test_a_session_store_is_told_by_reference_and_reached_by_its_service_alone(
+    rendered: Callable[..., Objects],
+) -> None:
+    inside = {"services.0.session_store": {"secret": "chat-store", "namespace": "stores"}}
+    stack = rendered("prod", inside)
+    server = stack.one("Deployment", "chat")["spec"]["template"]["spec"]["containers"][0]
+    (variable,) = (v for v in server["env"] if v["name"] == "SESSION_STORE_URL")
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "chat-store", "key": "url"}}
+    assert not any("SESSION_STORE" in word or "--session-store" in word for word in server["command"])
+    spec = stack.one("NetworkPolicy", "chat-reaches-session-store")["spec"]
+    assert [
+        pod["metadata"]["labels"]["app.kubernetes.io/instance"] for pod in matching(stack, spec["podSelector"])
+    ] == ["chat"]
+    (rule,) = spec["egress"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": 6379}]
+    assert rule["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "stores"}}}]
+    outside = rendered("prod", {"services.0.session_store": {"secret": "chat-store", "port": 6380}})
+    (rule,) = outside.one("NetworkPolicy", "chat-reaches-session-store")["spec"]["egress"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": 6380}]
+    assert rule["to"][0]["ipBlock"]["except"] == ["169.254.169.254/32"]
+    with pytest.raises(StackError, match=r"session_store: runtime 'vllm' has no chat page"):
+        rendered("prod", inside | {"services.0.runtime": "vllm", "services.0.api_keys_secret": None})
+
+
 def test_who_may_call_the_router(rendered: Callable[..., Objects]) -> None:
     inside = rendered("prod", {"router.expose": "ClusterIP"}).one("NetworkPolicy", "clients-call-router")
     peers = inside["spec"]["ingress"][0]["from"]

@@ -257,6 +257,37 @@ def test_replicas_that_train_apart_keep_more_and_send_less(changed: Callable[...
     assert apart.step.parts["gradients and weights"] < 0.2 * together.step.parts["gradients and weights"]
 
 
+def test_launches_are_planned_as_what_they_are(changed: Callable[..., Path]) -> None:
+    def planned(local_sgd: Json | None) -> TrainingPlan:
+        found = plan(load(changed("prod", {"training.local_sgd": local_sgd}))).training
+        assert found
+        return found
+
+    together, apart = planned(None), planned({"every_steps": 100, "launches": 2})
+    assert apart.layout == f"2 launches of dp {together.ranks // 2}"
+    assert (apart.ranks, apart.replicas, apart.tokens) == (together.ranks, together.replicas, together.tokens)
+    # An average of all weights in fp32, of which each of two sends its half twice, over the node's network, once in 100 steps.
+    network_gbps = 3200
+    assert apart.step.parts["meetings"] == pytest.approx(4 * 8 * apart.parameters / (network_gbps * 1e9) / 100)
+    seldom = planned({"every_steps": 1000, "launches": 2})
+    assert seldom.step.parts["meetings"] == pytest.approx(apart.step.parts["meetings"] / 10)
+    assert apart.step.parts["gradients and weights"] < together.step.parts["gradients and weights"]
+
+
+def test_a_compiled_step_is_told_and_planned_and_the_same_run(
+    told: Callable[..., Told], changed: Callable[..., Path]
+) -> None:
+    compiled, eager = told("dev", {"training.parallelism": {"compile": True}}), told("dev", {})
+    assert compiled.read("train").parallelism.compile
+    assert "parallelism" not in eager.pipeline.train
+    assert compiled.pipeline.train_digest == eager.pipeline.train_digest
+    steps = [
+        plan(load(changed("prod", {"training.parallelism": {"compile": on}}))).training.step.value  # pyright: ignore[reportOptionalMemberAccess]
+        for on in (True, False)
+    ]
+    assert steps[0] < steps[1]
+
+
 def test_the_rest_of_the_trainers_keys_are_said_as_they_are(told: Callable[..., Told]) -> None:
     said: Json = {
         "document_mask": True,
@@ -360,7 +391,9 @@ def test_checkpoints_in_an_object_store_are_each_runs_own_and_decide_nothing(
     values = {"training.checkpoint.url": "s3://runs/ours/"}
     here, there = told("prod", {}).pipeline, told("prod", values).pipeline
     assert there.train_digest == here.train_digest
-    assert there.train_words == (f"checkpoints=s3://runs/ours/{here.train_digest}",)
+    assert there.checkpoints == f"s3://runs/ours/{here.train_digest}"
+    assert there.words_of(0)[-1] == f"checkpoints={there.checkpoints}"
+    assert there.words_of(2)[1:] == (f"run={there.run}-2", f"checkpoints={there.checkpoints}-2")
     objects = rendered("prod", values)
     assert objects.one("ServiceAccount", "train")["metadata"]["annotations"]
     assert "train-reaches-object-store" in objects.names("NetworkPolicy")

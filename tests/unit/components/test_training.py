@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from infra.spec import StackError
 from trainer.config import TrainConfig
 
 from .conftest import Json, Objects
@@ -46,6 +47,77 @@ def test_ranks_meet_at_the_first_pod_before_it_is_ready(prod: Objects) -> None:
     assert environment["RDZV_ENDPOINT"] == f"{name}-0.{name}:{port}"
     assert "--rdzv-endpoint=$(RDZV_ENDPOINT)" in main(job)["command"]
     assert f"--rdzv-id={name}" in main(job)["command"]
+
+
+APART: Json = {"training.local_sgd": {"every_steps": 50, "launches": 2, "lost_after_s": 30}}
+
+
+def test_launches_are_gangs_of_their_own_that_meet(rendered: Callable[..., Objects]) -> None:
+    stack = rendered("prod", APART)
+    one, other = (job for job in stack.kind("Job") if job["metadata"]["name"].startswith("train-"))
+    service, place = stack.one("Service", "meet"), stack.one("Deployment", "meet")
+    endpoint = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']:.0f}"
+    for launch, job in enumerate((one, other)):
+        name, words = job["metadata"]["name"], main(job)["command"]
+        environment = {v["name"]: v.get("value") for v in main(job)["env"]}
+        assert (environment["REPLICA"], environment["MEETING_ENDPOINT"]) == (str(launch), endpoint)
+        assert environment["RDZV_ENDPOINT"].startswith(f"{name}-0.{name}:")
+        assert stack.one("Service", name)["spec"]["selector"]["app.kubernetes.io/instance"] == name
+        assert {"--nnodes=1", f"--rdzv-id={name}"} <= set(words)
+        assert job["spec"]["completions"] == 1
+        config = TrainConfig.model_validate(yaml.safe_load(stack.one("ConfigMap", name)["data"]["train.yaml"]))
+        assert config.local_sgd
+        assert (config.local_sgd.launches, config.local_sgd.lost_after_s) == (2, 30)
+    runs = [next(w for w in main(job)["command"] if w.startswith("run=")) for job in (one, other)]
+    assert runs[1] == f"{runs[0]}-1"
+    judged = stack.one("Job", "promote")["spec"]["template"]["spec"]["initContainers"]
+    assert f"{runs[0].removeprefix('run=')}/model/slipway.json" in judged[0]["command"]
+
+    container = main(place)
+    assert container["command"] == ["python", "-m", "trainer.meeting", "--host", "0.0.0.0"]
+    assert {v["name"]: v.get("value") for v in container["env"]}["MEETING_PORT"] == "29400"
+    assert place["spec"]["strategy"] == {"type": "Recreate"}
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert stack.one("ServiceAccount", "meet")
+
+
+def test_one_launch_at_a_time_may_be_drained(rendered: Callable[..., Objects]) -> None:
+    values: Json = {"node_pools.0.max_nodes": 6, "training.nodes": 6, "training.global_batch": 192}
+    values["training.local_sgd"] = {"every_steps": 50, "launches": 3}
+    spec = rendered("prod", values | {"budget": {}}).one("PodDisruptionBudget", "meet")["spec"]
+    # Of pods that no controller with a scale has, the API server takes a number and no `maxUnavailable`.
+    assert spec["minAvailable"] == 4
+    assert spec["selector"]["matchLabels"] == {"app.kubernetes.io/component": "train"}
+
+
+def test_only_launches_reach_the_place_where_they_meet(rendered: Callable[..., Objects]) -> None:
+    stack = rendered("prod", APART)
+    answers = stack.one("NetworkPolicy", "meeting-answers-launches")["spec"]
+    assert answers["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "meet"}
+    assert [peer["podSelector"]["matchLabels"] for peer in answers["ingress"][0]["from"]] == [
+        {"app.kubernetes.io/component": "train"}
+    ]
+    assert [port["port"] for port in answers["ingress"][0]["ports"]] == ["meeting"]
+    assert not [n for n in stack.names("NetworkPolicy") if n.startswith("meet-")]
+    assert "meeting-answers-launches" not in rendered("prod", {}).names("NetworkPolicy")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"training.nodes": 1},
+            r"training.nodes: 1 nodes do not divide by local_sgd.launches 2; the nearest: 2$",
+        ),
+        ({"training.local_sgd.overlap_steps": 1}, "would be lost with a launch that dies"),
+        ({"training.local_sgd.launches": None}, "lost_after_s: is of replicas that are launches"),
+        ({"training.recover": {"bad_step": "skip"}}, "recover.bad_step: goes back alone"),
+        ({"training.local_sgd.launches": 1}, "must be at least 2"),
+    ],
+)
+def test_launches_that_cannot_be_are_refused(rendered: Callable[..., Objects], values: Json, says: str) -> None:
+    with pytest.raises(StackError, match=says):
+        rendered("prod", {"training.local_sgd": dict(APART["training.local_sgd"])} | values)
 
 
 def test_ranks_are_the_gpus_that_the_pod_holds(prod: Objects, local: Objects) -> None:
