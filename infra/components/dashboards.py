@@ -8,6 +8,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import GraphTresholdsStyleMode
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, Threshold, ThresholdsMode
 
+from infra.catalog import instance
 from infra.components.alerts import error_share, p95, series
 from infra.spec import Service, Stack
 
@@ -52,11 +53,7 @@ def training_dashboard(stack: Stack) -> str:
             ],
             limit=1,
         ),
-        _panel(
-            "FLOPs of the peak",
-            "percentunit",
-            [("MFU", series("slipway_train_mfu_ratio", stack)), ("HFU", series("slipway_train_hfu_ratio", stack))],
-        ),
+        *_flops(stack),
         _panel(
             "Where the time goes",
             "percentunit",
@@ -69,6 +66,15 @@ def training_dashboard(stack: Stack) -> str:
     for panel in panels:
         board = board.with_panel(panel)
     return _json(board)
+
+
+def _flops(stack: Stack) -> list[timeseries.Panel]:
+    """Of machines whose peak the catalogue knows: the trainer measures nothing against a peak that nobody told it."""
+    assert stack.training is not None
+    if instance(stack.pool(stack.training.pool).instance).gpu is None:
+        return []
+    of_peak = [("MFU", series("slipway_train_mfu_ratio", stack)), ("HFU", series("slipway_train_hfu_ratio", stack))]
+    return [_panel("FLOPs of the peak", "percentunit", of_peak)]
 
 
 def _service_panels(stack: Stack, service: Service) -> list[timeseries.Panel]:
