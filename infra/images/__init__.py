@@ -1,1 +1,1 @@
-"""Container images: `builder` builds one from its Dockerfile, `inside` is what runs in the build."""
+"""Container images: `builder` builds one from its Dockerfile, `inside` runs in the build, `contents` reads what came of it."""

@@ -1,16 +1,21 @@
-"""At the end: the stack goes without its volumes, then with them; the cluster leaves the machine as it was."""
+"""At the end: the stack goes without its volumes, then with them; the cluster leaves the machine as it was, cut off or not."""
 
 import json
 import os
+import subprocess
+import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from infra.apply import Cluster
-from infra.clouds.local import Places
-from tests.e2e.conftest import slipway
+from infra.clouds.local import Places, kind
+from tests.e2e.conftest import SLIPWAY, slipway
+from tests.e2e.machine_state import Snapshot, difference, snapshot
 
+KEPT = os.environ.get("SLIPWAY_E2E_KEEP") == "1"
 Json = dict[str, Any]
 
 
@@ -31,15 +36,63 @@ def test_destroy_with_volumes_removes_all(
     assert namespace not in spaces
 
 
-@pytest.mark.skipif(os.environ.get("SLIPWAY_E2E_KEEP") == "1", reason="SLIPWAY_E2E_KEEP=1: the cluster is kept")
+@pytest.mark.skipif(KEPT, reason="SLIPWAY_E2E_KEEP=1: the cluster is kept")
 def test_down_leaves_no_trace(kubeconfig: Path) -> None:
     assert json.loads(slipway("cluster", "down", "--json").stdout) == {"was_there": True}
     places = Places.of_user()
     assert not places.state.exists()
-    assert "slipway" not in Path("/proc/self/mountinfo").read_text()
-    assert not list(Path("/sys/class/net").glob("slipway*"))
-    assert not list(Path("/sys/fs/cgroup").glob("**/slipway"))
-    commands = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
-    for program in (b"kube-apiserver", b"kubelet", b"containerd-shim", b"etcd\0"):
-        assert program not in commands
+    left = snapshot()
+    assert not left["processes"]
+    assert not left["cgroups"]
+    assert not [name for name in left["interfaces"] if name.startswith("slipway")]
+    assert not [point for point in left["mounts"] if "slipway" in point]
+    assert not [rule for rule in left["rules"] if "slipway" in rule or "kube" in rule]
     assert json.loads(slipway("cluster", "down", "--json").stdout) == {"was_there": False}
+
+
+@pytest.fixture(scope="module")
+def clean(kubeconfig: Path) -> Snapshot:
+    """The machine without a cluster."""
+    if KEPT:
+        pytest.skip("SLIPWAY_E2E_KEEP=1: the cluster is kept")
+    if kind.is_possible():
+        pytest.skip("the cluster is kind's: what it leaves is Docker's")
+    slipway("cluster", "down")
+    return snapshot()
+
+
+@pytest.fixture(scope="module")
+def up_takes_s(clean: Snapshot) -> float:
+    """A whole `up`, whose `down` leaves the machine as it was."""
+    started = time.monotonic()
+    slipway("cluster", "up")
+    took = time.monotonic() - started
+    slipway("cluster", "down")
+    assert difference(clean, snapshot()) == {}
+    return took
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_down_after_an_up_that_was_killed(clean: Snapshot, up_takes_s: float, seed: int) -> None:
+    after_s = Random(seed).uniform(0.5, up_takes_s)
+    killed("cluster", "up", after_s=after_s)
+    slipway("cluster", "down")
+    assert difference(clean, snapshot()) == {}, f"killed {after_s:.2f} s after its start"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_down_after_a_down_that_was_killed(clean: Snapshot, up_takes_s: float, seed: int) -> None:
+    slipway("cluster", "up")
+    after_s = Random(seed).uniform(0.3, 2.0)
+    killed("cluster", "down", after_s=after_s)
+    slipway("cluster", "down")
+    assert difference(clean, snapshot()) == {}, f"killed {after_s:.2f} s after its start"
+
+
+def killed(*words: str, after_s: float) -> None:
+    """Run the command, and kill it `after_s` after its start: it alone, as the kernel does that is out of memory."""
+    with subprocess.Popen([SLIPWAY, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,66 +1,40 @@
-"""Inside an image's build: install the Python packages of an image. Standard library only; `uv` does the work.
+"""Inside an image's build: install a list of packages, and compile them. Standard library only; `uv` does the work.
 
-    python -m inside.install shared             what trainer and serving both need, into /venv: one layer for both images
-    python -m inside.install trainer [DRIVER…]  what the trainer needs besides, into /own
-
-With ACCELERATOR=cpu, torch comes without the gigabytes of CUDA: PyPI has no other torch for Linux.
+python -m inside.install /venv shared.txt    into the virtual environment that both images have
+python -m inside.install /own own.txt        beside it, for the same Python
 """
 
 import os
 import subprocess
 import sys
-import tomllib
-from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from . import without_cuda
 
-SHARED, OWN = Path("/venv"), Path("/own")
-PACKAGES = ("trainer", "serving")
+VENV = Path("/venv")
 
 
-def main(package: str, drivers: list[str]) -> None:
-    """Install and compile `package`'s dependencies, or those that are shared."""
-    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    lists: list[list[str]] = [extras[name] for name in PACKAGES]
-    shared = set(lists[0]).intersection(*lists[1:])
-    if package == "shared":
-        overrides = without_cuda.OVERRIDES if os.environ["ACCELERATOR"] == "cpu" else []
-        install(sorted(shared), into=["--python", f"{SHARED}/bin/python"], overrides=overrides)
-        if overrides:
-            without_cuda.stand_in(site(SHARED) / "torch" / "lib")
-        compile_all(SHARED)
-    else:
-        there = [f"{name_of(one)} ; sys_platform == 'none'" for one in distributions(path=[str(site(SHARED))])]
-        wanted = sorted({*extras[package], *drivers} - shared)
-        install(wanted, into=["--python", f"{SHARED}/bin/python", "--target", str(OWN)], overrides=there)
-        compile_all(OWN)
+def main(folder: Path, packages: Path) -> None:
+    """Install what `packages` lists, which is all that it needs, and no more."""
+    into = [] if folder == VENV else ["--target", str(folder)]
+    flags = ["--quiet", "--no-cache", "--system-certs", "--no-deps", "--python", f"{VENV}/bin/python"]
+    subprocess.run(["uv", "pip", "install", *flags, *into, "-r", str(packages)], check=True)  # noqa: S603, S607
+    (folder / ".lock").unlink(missing_ok=True)  # uv's, for everybody to write
+    if folder == VENV and os.environ["ACCELERATOR"] == "cpu":
+        without_cuda.stand_in(next(VENV.glob("lib/python3*/site-packages/torch/lib")))
+    compile_all(folder)
 
 
-def install(requirements: list[str], *, into: list[str], overrides: list[str]) -> None:
-    """By uv, at the versions of constraints.txt. An override whose marker never holds leaves a package out."""
-    Path("requirements.txt").write_text("\n".join(requirements) + "\n")
-    Path("overrides.txt").write_text("\n".join(overrides) + "\n")
-    lists = ["-r", "requirements.txt", "-c", "constraints.txt", "--overrides", "overrides.txt"]
-    flags = ["--quiet", "--no-cache", "--system-certs"]
-    command = ["/uv/bin/uv", "pip", "install", *flags, *into, *lists]
-    subprocess.run(command, check=True)  # noqa: S603
+def compile_all(folder: Path, *, out: Path = Path("/")) -> None:
+    """Bytecode that is taken as it stands: files of an image have other times, and pods cannot write.
 
-
-def site(venv: Path) -> Path:
-    return next(venv.glob("lib/python3*/site-packages"))
-
-
-def name_of(distribution: Distribution) -> str:
-    return distribution.metadata["Name"]
-
-
-def compile_all(folder: Path) -> None:
-    """Bytecode that is taken as it stands: files of an image have other times, and pods cannot write."""
-    command = [f"{SHARED}/bin/python", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(folder)]
-    # Its exit says nothing: packages ship templates that are no Python.
-    subprocess.run(command, check=False)  # noqa: S603
+    `out`: folder that is the image's `/`.
+    """
+    flags = ["-q", "--invalidation-mode", "unchecked-hash", "-s", str(out), "-p", "/"]
+    command = [sys.executable, "-m", "compileall", *flags, str(folder)]
+    # Its exit says nothing: packages ship templates that are no Python. The order of sets is fixed, for the same bytes every time.
+    subprocess.run(command, check=False, env=os.environ | {"PYTHONHASHSEED": "0"})  # noqa: S603
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
