@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from infra.components.alerts import UNSERVED
 from infra.components.envoy import ADMIN_PORT, HTTP_PORT, METRICS_PORT, Backend, bootstrap
 from infra.spec import Router
 from tests.ports import free_ports
@@ -154,11 +155,20 @@ def test_a_draining_replica_is_not_seen(tmp_path: Path, replicas: list[Replica])
 
 
 def test_without_a_replica_the_answer_is_an_openai_error(tmp_path: Path, replicas: list[Replica]) -> None:
-    with envoy(tmp_path, Router(), replicas) as (client, _):
+    def unserved(metrics: str) -> int:
+        """As KEDA and the alerts read it: no server is there to count who found none."""
+        wanted = f'{UNSERVED}{{envoy_cluster_name="chat"}} '
+        (line,) = (one for one in httpx.get(f"{metrics}/metrics").text.splitlines() if one.startswith(wanted))
+        return int(line.removeprefix(wanted))
+
+    with envoy(tmp_path, Router(), replicas) as (client, metrics):
+        assert unserved(metrics) == 0
         for replica in replicas:
             replica.ready = False
         until(lambda: client.get("/v1/x").status_code == 503)
+        before = unserved(metrics)
         answer = client.get("/v1/x")
+        assert unserved(metrics) == before + 1
     assert answer.headers["retry-after"] == "2"
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
