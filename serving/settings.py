@@ -11,10 +11,8 @@ from typing import NoReturn
 from serving.errors import Refused
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# What a graph, which computes whole sequences from weights of its own, can do nothing with.
-NOT_ONNX = (
-    "dtype", "quantize", "speculate_tokens", "kv_bytes", "kv_spill", "adapters", "adapters_dir", "tensor_parallel_size",
-)  # fmt: skip
+# What a graph, which has weights of its own, can do nothing with.
+NOT_ONNX = ("dtype", "quantize", "adapters", "adapters_dir", "tensor_parallel_size")
 # What one process keeps for itself alone.
 NOT_SPLIT = ("kv_spill",)
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -1,15 +1,19 @@
 """Which adapters are in the engine's memory: read when the first sequence needs one, kept while there is room.
 
-Bounded by number and by bytes. An adapter that admitted sequences use stays; of the others the one that was used least
-of late makes room for the next. A sequence whose adapter has no place waits, as one does that has no blocks.
+Reading is a thread's work, so that no step waits for a disk: between steps what has come is taken in. Bounded by number
+and by bytes. An adapter that admitted sequences use stays, and one that is being read has its place; of the others the
+one that was used least of late makes room for the next. A sequence whose adapter is not here waits, and is passed by.
 """
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from serving.engine.messages import AdapterRef
@@ -35,7 +39,11 @@ class Adapting(Protocol):
     value_bytes: int
 
     def read(self, ref: AdapterRef) -> Lora:
-        """The adapter in the model's form. Raises `Refused` when its files are not what they were."""
+        """The adapter in the model's form; called by a thread. Raises `Refused` when its files are not what they were."""
+        ...
+
+    def attach(self) -> None:
+        """Makes places for adapters in the model's layers; called between steps, and once is enough."""
         ...
 
     def group(self, batch: Seq[Scheduled], loras: Mapping[AdapterRef, Lora]) -> None:
@@ -47,33 +55,50 @@ class Adapters:
     def __init__(self, model: Adapting, *, max_count: int, max_bytes: int) -> None:
         self._model, self._max_count, self._max_bytes = model, max_count, max_bytes
         self._here: OrderedDict[AdapterRef, Lora] = OrderedDict()  # least recently used first
+        self._coming: dict[AdapterRef, Future[Lora]] = {}
+        self._failed: dict[AdapterRef, BaseException] = {}  # of those that came to nothing, why
         self._users: Counter[AdapterRef] = Counter()  # admitted sequences
         self.loads = self.evictions = 0
 
-    def fits(self, seq: HasAdapter) -> bool:
-        """Whether the sequence's adapter is here, or there is room for it once those that nobody uses are gone."""
+    def here(self, seq: HasAdapter) -> bool:
+        """Whether `acquire` has an answer at once."""
+        self._take_in()
         ref = seq.adapter
-        if ref is None or ref in self._here or not self._users:
-            return True
-        return len(self._users) < self._max_count and self._bytes([*self._users, ref]) <= self._max_bytes
+        return ref is None or ref in self._here or ref in self._failed or self._bytes([ref]) > self._max_bytes
+
+    def bring(self, seq: HasAdapter) -> None:
+        """Begins to read the sequence's adapter, if that is to be done and there is a place for it."""
+        ref = seq.adapter
+        if ref is not None and not self.here(seq) and ref not in self._coming and self._make_room(ref):
+            self._coming[ref] = self._read(ref)
+
+    def held_up(self, seq: HasAdapter) -> bool:
+        """Whether there will be no place for the sequence's adapter until sequences that run have ended."""
+        ref = seq.adapter
+        if ref is None or ref in self._here or ref in self._coming:
+            return False
+        return not self._fit([*self._users, ref])
 
     def acquire(self, seq: HasAdapter) -> None:
-        """Keeps the adapter of a sequence that `fits` here until `release`. Raises `Refused`."""
+        """Keeps the sequence's adapter here until `release`; where it is not `here`, waits for it. Raises `Refused`."""
         ref = seq.adapter
         if ref is None:
             return
-        if ref not in self._here:
-            if self._bytes([ref]) > self._max_bytes:
-                what = f"the adapter takes {self._bytes([ref]):,} bytes and all may take {self._max_bytes:,}"
-                raise Refused(what, where=str(ref.root), fix=f"Give --adapter-bytes {self._bytes([ref])} or more")
-            idle = [other for other in self._here if other not in self._users]
-            while len(self._here) >= self._max_count or self._bytes([*self._here, ref]) > self._max_bytes:
-                del self._here[idle.pop(0)]
-                self.evictions += 1
-            self._here[ref] = self._model.read(ref)
-            self.loads += 1
+        if self._bytes([ref]) > self._max_bytes:
+            what = f"the adapter takes {self._bytes([ref]):,} bytes and all may take {self._max_bytes:,}"
+            raise Refused(what, where=str(ref.root), fix=f"Give --adapter-bytes {self._bytes([ref])} or more")
+        self.bring(seq)
+        while not self.here(seq):
+            assert self._coming, "those who share a step have places together"
+            self.wait(timeout_s=None)
+        if ref in self._failed:
+            raise self._failed.pop(ref)  # the next who asks for it has it read again
         self._here.move_to_end(ref)
         self._users[ref] += 1
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Returns when an adapter has come, or after so long; at once when none is on its way."""
+        wait(self._coming.values(), timeout_s, FIRST_COMPLETED)
 
     def release(self, seq: HasAdapter) -> None:
         if seq.adapter is not None:
@@ -93,6 +118,43 @@ class Adapters:
     def __len__(self) -> int:
         return len(self._here)
 
+    def _read(self, ref: AdapterRef) -> "Future[Lora]":
+        future: Future[Lora] = Future()
+
+        def read() -> None:
+            try:
+                future.set_result(self._model.read(ref))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=read, daemon=True).start()  # a disk that never answers must not keep the engine alive
+        return future
+
+    def _take_in(self) -> None:
+        for ref, future in [*self._coming.items()]:
+            if not future.done():
+                continue
+            del self._coming[ref]
+            error = future.exception()
+            if error is not None:
+                self._failed[ref] = error
+                continue
+            self._model.attach()
+            self._here[ref] = future.result()
+            self.loads += 1
+
+    def _make_room(self, ref: AdapterRef) -> bool:
+        if not self._fit([*self._users, *self._coming, ref]):
+            return False
+        idle = [other for other in self._here if other not in self._users]
+        while not self._fit([*self._here, *self._coming, ref]):
+            del self._here[idle.pop(0)]
+            self.evictions += 1
+        return True
+
+    def _fit(self, refs: Seq[AdapterRef]) -> bool:
+        return len(refs) <= self._max_count and self._bytes(refs) <= self._max_bytes
+
     def _bytes(self, refs: Iterable[AdapterRef]) -> int:
         return sum(ref.num_values for ref in refs) * self._model.value_bytes
 
@@ -108,10 +170,15 @@ class LlamaAdapting:
         file = read_adapter(ref.root, self.config)
         if file.digest != ref.digest:
             raise Refused("the adapter was changed on disk", where=str(ref.root), fix="Load it again")
+        dtype = self.model.compute_dtype
+        try:
+            return read_lora(file, self.config, device=self.device, dtype=dtype, shard=self.shard)
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"the adapter cannot be read: {error}", where=str(file.path), fix="Load it again") from None
+
+    def attach(self) -> None:
         if self._groups is None:
             self._groups = attach(self.model)
-        dtype = self.model.compute_dtype
-        return read_lora(file, self.config, device=self.device, dtype=dtype, shard=self.shard)
 
     def group(self, batch: Seq[Scheduled], loras: Mapping[AdapterRef, Lora]) -> None:
         if self._groups is None:

@@ -71,6 +71,14 @@ class KVPool:
         kv = torch.stack((k_NKD, v_NKD), dim=1).view(-1, self.head_dim)
         self.layers[layer].view(-1, self.head_dim).index_copy_(0, slots, kv)
 
+    def past(self, layer: int, rows: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each B × K × S × D, in memory of their own; S is 0 where there are no rows."""
+        if rows is None:
+            none = self.layers[layer].new_empty(batch, self.kv_heads, 0, self.head_dim)
+            return none, none
+        k, v = self.layers[layer][rows].view(2, batch, self.kv_heads, -1, self.head_dim).unbind(0)
+        return k, v
+
     def gather(self, layer: int, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each B × K × S × D, in memory that the next gather overwrites.
 
@@ -125,6 +133,11 @@ class StepAttention:
             part = slice(chunk.start, chunk.stop)
             parts.append(self._chunk(layer, chunk, q_NHD[part], k_NKD[part], v_NKD[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, layer: int, start: int, stop: int, k_NKD: Tensor, v_NKD: Tensor) -> None:
+        """Stores what rows [start, stop) of the flat batch add to the cache."""
+        each = 2 * self.pool.kv_heads
+        self.pool.write(layer, self.slots[start * each : stop * each], k_NKD, v_NKD)
 
     def _decode(self, layer: int, group: Decodes, q_BHD: Tensor) -> Tensor:
         k, v = self.pool.gather(layer, group.rows, len(q_BHD))

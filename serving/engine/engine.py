@@ -1,6 +1,7 @@
 """The engine: sequences in, text out, one `step()` at a time. Knows no HTTP and no process; usable offline."""
 
 import os
+import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -10,6 +11,7 @@ import torch
 
 from serving.engine.messages import AdapterRef, Counters, Output, SamplingParams
 from serving.engine.model_runner import Sampled
+from serving.engine.pace import Pace, prompt_work
 from serving.engine.parts import Parts
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
@@ -19,6 +21,10 @@ from serving.pressure import MemoryWatch
 from serving.settings import Settings
 from serving.tokenizer import Tokenizer
 
+WARM_UP = ((1, 8), (1, 32), (3, 64))  # (prompts at once, tokens of each); the first step of all is a slow one
+WARM_UP_STEPS = 5
+IDLE_S = 0.01  # the longest that a new request waits for a step with nothing in it
+
 
 class Engine:
     def __init__(self, parts: Parts, settings: Settings, tokenizer: Tokenizer, structures: Structures) -> None:
@@ -27,6 +33,7 @@ class Engine:
         self.scheduler = Scheduler(
             parts.blocks,
             adapters=parts.adapters,
+            pace=Pace(look=parts.usage.work.look),
             max_num_seqs=settings.max_num_seqs,
             max_step_tokens=max(parts.step_tokens, settings.max_num_seqs),
             speculate_tokens=settings.speculate_tokens,
@@ -92,26 +99,45 @@ class Engine:
             self.adapters.loads, self.adapters.evictions,
         )  # fmt: skip
 
+    def warm_up(self) -> None:
+        """Makes a few tokens: memory is touched, the weights give numbers, and the pace knows how long steps take.
+
+        The prompts are random, so that no prefix is found again and none is in anybody's way.
+        """
+        chance = random.Random(0)  # noqa: S311
+        for count, length in WARM_UP:
+            length = min(length, self.max_model_len - 1)
+            prompts = [[chance.randrange(self.vocab_size) for _ in range(length)] for _ in range(count)]
+            most = min(WARM_UP_STEPS, self.max_model_len - length)
+            self.generate(prompts, SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True))
+        self.scheduler.pace.settle()
+
     def step(self) -> list[Output]:
+        begin_s = time.perf_counter()
         refused, self._refused = self._refused, []
         self.scheduler.short_of_memory = self._memory.look()
         batch = self.scheduler.schedule()
         refused += self._give_up_lost()
         if not batch:
+            if not refused:  # whoever is here waits for an adapter
+                self.adapters.wait(IDLE_S)
             return refused
         batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
         self.adapters.group(batch)
-        begin_s = time.perf_counter()
+        decodes, prompt = self._work(batch)
+        run_s = time.perf_counter()
         sampled = self.runner.run(batch)
-        self._learn(batch, time.perf_counter() - begin_s)
-        return refused + self._postprocess(batch, sampled)
+        self.usage.add(batch, time.perf_counter() - run_s)
+        outputs = refused + self._postprocess(batch, sampled)
+        self.scheduler.pace.learn(decodes=decodes, prompt=prompt, seconds=time.perf_counter() - begin_s)
+        return outputs
 
-    def _learn(self, batch: list[Scheduled], seconds: float) -> None:
-        """What the step says of the next ones' length, and of how well the hardware is used."""
-        prompt_tokens = sum(item.num_tokens for item in batch if item.seq.num_uncomputed > 1)
-        decodes = sum(item.num_tokens for item in batch) - prompt_tokens
-        self.scheduler.pace.learn(decodes=decodes, prompt_tokens=prompt_tokens, seconds=seconds)
-        self.usage.add(batch, seconds)
+    def _work(self, batch: list[Scheduled]) -> tuple[int, float]:
+        """(tokens of those that decode, the others' prompt work)."""
+        look = self.scheduler.pace.look
+        prompts = [item for item in batch if item.seq.num_uncomputed > 1]
+        work = sum(prompt_work(item.num_tokens, item.seq.num_computed, look=look) for item in prompts)
+        return sum(item.num_tokens for item in batch) - sum(item.num_tokens for item in prompts), work
 
     def _give_up_lost(self) -> list[Output]:
         """Answers those whose adapter could not be read."""

@@ -5,7 +5,8 @@ idle time is not saved up. (The virtual token counter of arXiv 2401.00588.)
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 from serving.engine.sequence import Sequence
 
@@ -21,6 +22,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._preempted)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain(reversed(self._preempted), self._waiting)
 
     def add(self, seq: Sequence) -> None:
         if not self._present[seq.tenant]:

@@ -1,25 +1,26 @@
 """A model as an ONNX graph, run by ONNX Runtime: `--engine onnx` serves the package's `model.onnx`.
 
-The graph maps whole sequences, int64 batch × length, to logits, batch × length × vocabulary, and keeps nothing between
-steps: each token is computed from the whole text before it. It stands where the torch model stands, between the same
-scheduler and the same sampler; what it "computes" for a position are its logits at once. What it cannot do is refused.
+The graph has the names that Optimum gives (docs/contracts.md): new tokens, their positions, and the keys and values of
+those before go in; logits and the keys and values of all come out. It stands where the torch model stands, over the
+same paged cache: the past of a step's sequences is gathered for it, and what it adds to them is stored. What it cannot
+do (embeddings, adapters, other forms of weights) is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from serving.engine.adapters import Adapters
-from serving.engine.attention import positions_of
+from serving.engine.attention import KVPool, StepAttention
 from serving.engine.block_manager import BlockManager
 from serving.engine.messages import AdapterRef
 from serving.engine.model_runner import ModelRunner
-from serving.engine.parts import Parts, checked_model_len, peaks_of
+from serving.engine.parts import BLOCK_SIZE, STEP_TOKENS, Parts, checked_model_len, num_blocks_of, peaks_of, spill_of
 from serving.engine.scheduler import Scheduled
 from serving.engine.usage import Usage, Work
 from serving.errors import Refused
@@ -31,29 +32,18 @@ if TYPE_CHECKING:
     import onnxruntime
 
 FILES = ("model.onnx", "onnx/model.onnx")  # the latter is where Optimum puts it
-LOGITS_BYTES = 256 << 20  # of one call: sequences beyond that are run in the next
-SHORTEST = 2  # tokens: what graphs are exported for at least
 EXPORT = "Export it: python -m trainer.onnx MODEL MODEL/model.onnx"
+IDS = ("input_ids", "attention_mask", "position_ids")
+KINDS = ("key", "value")
 
 
-class WholeSequences:
-    """The step's plan: there is no cache to attend to, so it is the sequences themselves."""
+class Call(NamedTuple):
+    """Sequences that the graph computes together: rows [start, stop) of the flat batch, `tokens` of each."""
 
-    def __init__(self, batch: Seq[Scheduled]) -> None:
-        self.batch, self.positions = batch, positions_of(batch)
-
-    def __call__(self, _layer: int, *_qkv: Tensor) -> Tensor:
-        raise AssertionError("a graph attends by itself")
-
-
-class NoPool:
-    """In the place of the cache's memory, which a graph has none of."""
-
-    layers: list[Tensor] = []  # noqa: RUF012 (never written)
-    device = torch.device("cpu")
-
-    def plan(self, batch: Seq[Scheduled]) -> WholeSequences:
-        return WholeSequences(batch)
+    start: int
+    stop: int
+    tokens: int
+    rows: Tensor | None  # of their past in the cache; None where there is none
 
 
 class OnnxModel:
@@ -61,34 +51,44 @@ class OnnxModel:
 
     def __init__(self, session: "onnxruntime.InferenceSession", config: ModelConfig) -> None:
         self.session, self.config = session, config
-        self._input = session.get_inputs()[0].name
-        self._output = session.get_outputs()[0].name
+        self._present = [f"present.{layer}.{kind}" for layer in range(config.layers) for kind in KINDS]
 
-    def __call__(self, ids_N: Tensor, _cos: Tensor, _sin: Tensor, attend: WholeSequences) -> Tensor:
-        """N × V. Rows that nobody asks for (a chunk's, before its prompt is whole) are zero."""
-        found = torch.zeros(len(ids_N), self.config.vocab_size)
-        asked, end = [], 0
-        for item in attend.batch:
-            start, end = end, end + item.num_tokens
-            if item.completes or item.seq.params.prompt_logprobs:
-                asked.append((item.seq.num_computed + item.num_tokens, start, item))
-        asked.sort(key=lambda one: -one[0])
-        while asked:
-            longest = max(asked[0][0], SHORTEST)
-            count = max(1, LOGITS_BYTES // (longest * self.config.vocab_size * 4))
-            some, asked = asked[:count], asked[count:]
-            tokens = np.zeros((len(some), longest), dtype=np.int64)  # padding follows the text, which never looks ahead
-            for row, (length, _, item) in enumerate(some):
-                tokens[row, :length] = item.seq.token_ids[:length]
-            logits = np.asarray(self.session.run([self._output], {self._input: tokens})[0])
-            for row, (length, start, item) in enumerate(some):
-                found[start : start + item.num_tokens] = torch.from_numpy(
-                    logits[row, length - item.num_tokens : length]
-                )
+    def __call__(self, ids_N: Tensor, _cos: Tensor, _sin: Tensor, attend: StepAttention) -> Tensor:
+        """Logits, N × V: what others compute from a state, a graph gives at once."""
+        found = torch.empty(len(ids_N), self.config.vocab_size)
+        for call in _calls(attend):
+            logits, *present = self.session.run(["logits", *self._present], self._feeds(ids_N, attend, call))
+            found[call.start : call.stop] = _tensor(logits).flatten(0, 1)
+            new = [_tensor(each)[:, :, -call.tokens :].transpose(1, 2).flatten(0, 1) for each in present]
+            for layer in range(self.config.layers):
+                attend.write(layer, call.start, call.stop, new[2 * layer], new[2 * layer + 1])
         return found
 
     def logits(self, x_NV: Tensor) -> Tensor:
         return x_NV
+
+    def _feeds(self, ids_N: Tensor, attend: StepAttention, call: Call) -> dict[str, object]:
+        ids_BT = ids_N[call.start : call.stop].view(-1, call.tokens)
+        positions_BT = torch.from_numpy(attend.positions[call.start : call.stop]).view(-1, call.tokens)
+        past = [attend.pool.past(layer, call.rows, len(ids_BT)) for layer in range(self.config.layers)]
+        # The past of each sequence, of what lies in its blocks behind that nothing, and all that is new.
+        seen_BP = torch.arange(past[0][0].shape[2]) < positions_BT[:, :1]
+        mask_BS = torch.cat((seen_BP, torch.ones_like(ids_BT, dtype=torch.bool)), dim=1).long()
+        feeds = dict(zip(IDS, (ids_BT, mask_BS, positions_BT), strict=True))
+        for layer, pair in enumerate(past):
+            feeds |= {f"past_key_values.{layer}.{kind}": each for kind, each in zip(KINDS, pair, strict=True)}
+        return {name: each.numpy() for name, each in feeds.items()}
+
+
+def _tensor(value: object) -> Tensor:
+    return torch.from_numpy(np.asarray(value))
+
+
+def _calls(attend: StepAttention) -> Iterator[Call]:
+    for group in attend.decodes:
+        yield Call(group.start, group.stop, 1, group.rows)
+    for chunk in attend.chunks:
+        yield Call(chunk.start, chunk.stop, chunk.stop - chunk.start, chunk.rows)
 
 
 class NoAdapting:
@@ -98,6 +98,9 @@ class NoAdapting:
 
     def read(self, ref: AdapterRef) -> Lora:
         raise Refused("an ONNX graph takes no adapters", where=str(ref.root), fix="Serve with --engine torch")
+
+    def attach(self) -> None:
+        raise AssertionError("nothing was read")
 
     def group(self, batch: Seq[Scheduled], loras: Mapping[AdapterRef, Lora]) -> None:
         assert not loras or not batch
@@ -114,16 +117,19 @@ def onnx_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes:
     _check_signature(session, config, where=str(path))
     on_bytes(total_bytes, total_bytes)
     max_model_len = checked_model_len(settings, config, where=str(root))
-    model = OnnxModel(session, config)
-    peaks = peaks_of(settings, torch.device("cpu"))
+    device, dtype = torch.device("cpu"), torch.float32
+    num_blocks = num_blocks_of(settings, config, device=device, dtype=dtype, max_model_len=max_model_len)
+    pool = KVPool(
+        layers=config.layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, kv_heads=config.kv_heads,
+        head_dim=config.head_dim, dtype=dtype, device=device,
+    )  # fmt: skip
+    spill = spill_of(settings, root, pool, num_blocks=num_blocks, layout=f"onnx {dtype}")
     return Parts(
-        runner=ModelRunner(model, NoPool(), max_model_len=max_model_len),  # pyright: ignore[reportArgumentType]
-        # A block is a whole sequence, so that none is ever shared: there is nothing in it. One for each that runs, and
-        # one that the scheduler leaves free for each.
-        blocks=BlockManager(num_blocks=2 * settings.max_num_seqs, block_size=max_model_len),
+        runner=ModelRunner(OnnxModel(session, config), pool, max_model_len=max_model_len),  # pyright: ignore[reportArgumentType]
+        blocks=BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
         adapters=Adapters(NoAdapting(), max_count=settings.max_adapters, max_bytes=settings.adapter_bytes),
-        usage=Usage(Work.of(config, form="float32", dtype=torch.float32), peaks),
-        step_tokens=settings.max_num_seqs * max_model_len,
+        usage=Usage(Work.of(config, form="float32", dtype=dtype), peaks_of(settings, device)),
+        step_tokens=STEP_TOKENS["cpu"],
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
         embeds=False,
@@ -151,10 +157,21 @@ def _session(path: Path, settings: Settings) -> "onnxruntime.InferenceSession":
 
 
 def _check_signature(session: "onnxruntime.InferenceSession", config: ModelConfig, *, where: str) -> None:
-    inputs = [(one.type, len(one.shape)) for one in session.get_inputs()]
-    out = session.get_outputs()
-    classes = out[0].shape[-1] if len(out) == 1 and len(out[0].shape) == 3 else None
-    if inputs != [("tensor(int64)", 2)] or (classes != config.vocab_size and not isinstance(classes, str)):
-        names = ", ".join(f"{one.name} {one.type}{one.shape}" for one in [*session.get_inputs(), *out])
-        what = f"the graph is not tokens (batch, length) → logits (batch, length, {config.vocab_size}), but {names}"
-        raise Refused(what[:600], where=where, fix=EXPORT)
+    """Raises `Refused` for a graph of other inputs or outputs, or of another model's sizes."""
+    heads, width = config.kv_heads, config.head_dim
+    each = range(config.layers)
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = dict.fromkeys(IDS, ("tensor(int64)", (None, None)))
+    for way in ("past_key_values", "present"):
+        expected |= {f"{way}.{i}.{kind}": ("tensor(float)", (None, heads, None, width)) for i in each for kind in KINDS}
+    expected["logits"] = ("tensor(float)", (None, None, config.vocab_size))
+    found = {one.name: (one.type, tuple(one.shape)) for one in (*session.get_inputs(), *session.get_outputs())}
+    for name, (kind, sizes) in expected.items():
+        there = found.pop(name, None)
+        if there is None:
+            raise Refused(f"the graph has no '{name}'", where=where, fix=EXPORT)
+        named = [a for a, b in zip(there[1], sizes, strict=False) if isinstance(a, int) and b not in (None, a)]
+        if there[0] != kind or len(there[1]) != len(sizes) or named:
+            raise Refused(f"'{name}' is {there[0]}{[*there[1]]}, not {kind}{[*sizes]}", where=where, fix=EXPORT)
+    unknown = [one.name for one in session.get_inputs() if one.name in found]
+    if unknown:
+        raise Refused(f"the graph asks for '{unknown[0]}'", where=where, fix=EXPORT)

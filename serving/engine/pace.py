@@ -1,48 +1,95 @@
-"""How many tokens of prompts a step may take while others decode, learnt from how long steps take.
+"""How much of prompts a step may take while others decode, learnt from how long steps take.
 
-A decoding step waits for the weights, and each prompt token adds arithmetic: seconds = decode + tokens × token. A chunk
+    seconds = step + decodes × decode + prompt × token
+
+by least squares of the relative errors, in which older steps count less and less. `prompt` is the arithmetic of the
+prompts' tokens, in tokens at the beginning of a text: one further on costs more, since it looks back on more. A chunk
 is as long as makes the step `STRETCH` times one that only decodes, so that a long prompt slows the others' tokens by no
-more, and is itself never stopped. Where more sequences wait for their first token than would be held up, the step is
-as long as it may be: those who wait are then the many.
+more, and is itself never stopped. It grows step by step, since a step that waits for memory has room for tokens that
+cost nothing until there are too many of them, which the line cannot say. Where more sequences wait for their first token
+than would be held up, they may hold them up by as many times more: those who wait are then the many.
 """
 
-STRETCH = 2.25  # below the 3 that is promised of the 99th percentile: times scatter, and attention grows along a prompt
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+STRETCH = (
+    2.1  # below the 3 that is promised of the 99th percentile: times scatter, and a line is not all that steps are
+)
 LEAST_TOKENS = 16
-KEPT = 0.9  # of what was learnt before, at each step
+GROWTH = 1.25  # of a chunk beside decodes, over the longest of late
+KEPT = 0.95  # of what the steps before have said, at each step
+ANCHOR = 0.01  # of one step's weight: how firmly what the steps leave open stays as it was measured at first
+LEAST_SHARE = 0.05  # of what was measured at first: no cost is believed to be less
+
+
+@dataclass
+class Allowance:
+    """What a step may yet take of prompts: so many tokens, and so much arithmetic."""
+
+    tokens: int
+    work: float  # in tokens at the beginning of a text
+    look: float  # what a token costs more for each position that it looks back on, in the same
+
+    @property
+    def has_room(self) -> bool:
+        return self.tokens > 0 and self.work >= 1
+
+    def take(self, *, wanted: int, computed: int) -> int:
+        """So many of the `wanted` tokens that follow the `computed` ones as there is room for, which are then taken."""
+        if not self.has_room:
+            return 0
+        by = 1 + self.look * computed
+        # n tokens are n · (by + look · n / 2) of work; the root, in the form that is exact for a small `look` too.
+        fits = (
+            wanted if self.work == math.inf else 2 * self.work / (by + math.sqrt(by * by + 2 * self.look * self.work))
+        )
+        count = min(wanted, self.tokens, max(1, int(fits)))
+        self.tokens -= count
+        self.work -= prompt_work(count, computed, look=self.look)
+        return count
+
+
+def prompt_work(count: int, computed: int, *, look: float) -> float:
+    """The arithmetic of `count` tokens that follow the `computed` ones, in tokens at the beginning of a text."""
+    return count * (1 + look * (computed + count / 2))
 
 
 class Pace:
-    def __init__(self) -> None:
-        self.decode_s: float | None = None
-        self.token_s: float | None = None
+    def __init__(self, *, look: float) -> None:
+        """`look`: what a token costs more for each position that it looks back on, in tokens at a text's beginning."""
+        self.look = look
+        self._products, self._sums = np.zeros((3, 3)), np.zeros(3)
+        self._longest = float(LEAST_TOKENS)  # of late, beside decodes
+        self._first: np.ndarray | None = None  # the costs (step, decode, token) in seconds, as measured at first
 
-    def learn(self, *, decodes: int, prompt_tokens: int, seconds: float) -> None:
-        """One step's time, with what it computed."""
-        if prompt_tokens == 0:
-            self.decode_s = _mix(self.decode_s, seconds)
-        elif decodes == 0:
-            self.token_s = _mix(self.token_s, seconds / prompt_tokens)
-        elif self.token_s is None or self.decode_s is None:
-            # Two unknowns and one time: until a step of one kind tells them apart, every token is taken to cost the same.
-            each_s = seconds / (decodes + prompt_tokens)
-            self.token_s = each_s if self.token_s is None else self.token_s
-            self.decode_s = max(seconds - prompt_tokens * self.token_s, decodes * each_s)
-        else:
-            rest_s = max(seconds - self._decode_s(decodes), 0.1 * seconds)
-            self.token_s = _mix(self.token_s, rest_s / prompt_tokens)
+    def learn(self, *, decodes: int, prompt: float, seconds: float) -> None:
+        """One step's time, with what it computed; `prompt` as `prompt_work` counts it."""
+        row = np.array((1.0, decodes, prompt)) / seconds
+        self._products = KEPT * self._products + np.outer(row, row)
+        self._sums = KEPT * self._sums + row
+        if decodes and prompt:
+            self._longest = max(KEPT * self._longest, prompt)
 
-    def prompt_tokens(self, *, decoding: int, first_tokens: int, most: int) -> int:
+    def settle(self) -> None:
+        """Takes what the steps so far have said as measured. They must have been of more than one kind."""
+        each = np.sqrt(1 / self._products.diagonal()) / 3  # were a third of a step's time due to each
+        self._first = self._costs(each, anchor=1e-3)
+
+    def allowance(self, *, decoding: int, first_tokens: int, most: int) -> Allowance:
         """Of the next step, where `decoding` sequences would wait for it and `first_tokens` others for their first."""
-        if decoding < max(first_tokens, 1) or self.token_s is None or self.decode_s is None:
-            return most
-        return min(most, max(LEAST_TOKENS, int((STRETCH - 1) * self._decode_s(decoding) / self.token_s)))
+        if decoding == 0 or self._first is None:
+            return Allowance(most, math.inf, self.look)
+        step_s, decode_s, token_s = self._costs(self._first, anchor=ANCHOR)
+        stretch = (STRETCH - 1) * max(1.0, first_tokens / decoding)
+        work = min(stretch * (step_s + decode_s * decoding) / token_s, GROWTH * self._longest)
+        return Allowance(most, max(LEAST_TOKENS, work), self.look)
 
-    def _decode_s(self, decoding: int) -> float:
-        """Many at once cost their arithmetic, few the weights' way through memory."""
-        assert self.decode_s is not None
-        assert self.token_s is not None
-        return max(self.decode_s, decoding * self.token_s)
-
-
-def _mix(old: float | None, new: float) -> float:
-    return new if old is None else KEPT * old + (1 - KEPT) * new
+    def _costs(self, first: np.ndarray, *, anchor: float) -> np.ndarray:
+        """(step, decode, token): those that the steps say, and where they leave it open nearest to `first`."""
+        # Of a step that `first` explains each cost's relative error weighs `anchor`.
+        weight = anchor / first**2
+        found = np.linalg.solve(self._products + np.diag(weight), self._sums + weight * first)
+        return np.maximum(found, LEAST_SHARE * first)

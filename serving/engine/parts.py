@@ -90,16 +90,14 @@ def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes
     loaded = load_share(root, config, settings, Shard(0, size), on_bytes=on_bytes)
     if ranks is not None:
         ranks.meet()
-    num_blocks = _num_blocks(settings, config, loaded, max_model_len=max_model_len)
+    num_blocks = num_blocks_of(settings, config, device=loaded.device, dtype=loaded.dtype, max_model_len=max_model_len)
     pool = pool_of(loaded, num_blocks=num_blocks)
     if ranks is not None:
         join(loaded.model, Shard(0, size), config, ask=ranks.ask_logits)
         ranks.send(Begin(num_blocks, max_model_len))
         pool = RankedPool(pool, ranks)
-    spill = None
-    if settings.kv_spill is not None:
-        space = namespace(root, layout=f"{type(pool).__name__} {loaded.dtype} {loaded.form} {BLOCK_SIZE}")
-        spill = Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
+    layout = f"{type(pool).__name__} {loaded.dtype} {loaded.form}"
+    spill = spill_of(settings, root, pool, num_blocks=num_blocks, layout=layout)
     return Parts(
         runner=ModelRunner(loaded.model, pool, max_model_len=max_model_len),
         blocks=BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
@@ -109,6 +107,14 @@ def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
     )
+
+
+def spill_of(settings: Settings, root: Path, pool: Pool, *, num_blocks: int, layout: str) -> Spill | None:
+    """Where blocks go that memory gives up, if the settings say so; `layout` is what a block's bytes depend on."""
+    if settings.kv_spill is None:
+        return None
+    space = namespace(root, layout=f"{layout} {BLOCK_SIZE}")
+    return Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
 
 
 def adapters_of(loaded: Loaded, config: ModelConfig, settings: Settings, shard: Shard) -> Adapters:
@@ -169,13 +175,14 @@ def checked_model_len(settings: Settings, config: ModelConfig, *, where: str) ->
     return asked
 
 
-def _num_blocks(settings: Settings, config: ModelConfig, loaded: Loaded, *, max_model_len: int) -> int:
+def num_blocks_of(
+    settings: Settings, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, max_model_len: int
+) -> int:
     """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory.
 
     A block's bytes are those of all ranks together, which on GPUs have memory each.
     """
-    device = loaded.device
-    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=loaded.dtype.itemsize)
+    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
     per_seq = -(-max_model_len // BLOCK_SIZE)
     if settings.kv_bytes is not None:
         num_blocks = settings.kv_bytes // per_block

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from serving.engine.block_manager import BlockManager
 from serving.engine.fair_queue import FairQueue
-from serving.engine.pace import Pace
+from serving.engine.pace import Allowance, Pace
 from serving.engine.sequence import Sequence
 from serving.engine.speculation import NgramSpeculator
 from serving.errors import Refused
@@ -40,11 +40,11 @@ class Scheduled(NamedTuple):
 
 class Scheduler:
     def __init__(
-        self, blocks: BlockManager, *, adapters: "Adapters", max_num_seqs: int, max_step_tokens: int,
+        self, blocks: BlockManager, *, adapters: "Adapters", pace: Pace, max_num_seqs: int, max_step_tokens: int,
         speculate_tokens: int = 0,
     ) -> None:  # fmt: skip
         assert max_step_tokens >= max_num_seqs
-        self.blocks, self.adapters, self.pace = blocks, adapters, Pace()
+        self.blocks, self.adapters, self.pace = blocks, adapters, pace
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
         self.speculator = NgramSpeculator(speculate_tokens)
         self.waiting = FairQueue()
@@ -58,11 +58,10 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work; empty when there is none, or when `lost` is all that there is."""
-        prompt_budget = self._prompt_budget()
-        batch, preempted = self._schedule_running(prompt_budget)
+        prompts = self._allowance()
+        batch, preempted = self._schedule_running(prompts)
         if not preempted:
-            taken = sum(item.num_tokens for item in batch if item.seq.num_uncomputed > 1)
-            self._admit(batch, prompt_budget - taken)
+            self._admit(batch, prompts)
         return batch
 
     def remove(self, seq: Sequence) -> None:
@@ -75,13 +74,13 @@ class Scheduler:
         self.waiting.forget(seq)
         self.blocks.release(seq)
 
-    def _prompt_budget(self) -> int:
+    def _allowance(self) -> Allowance:
         decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
         first_tokens = len(self.running) - decoding + len(self.waiting)
         most = PRESSED_STEP_TOKENS if self.short_of_memory else self.max_step_tokens
-        return self.pace.prompt_tokens(decoding=decoding, first_tokens=first_tokens, most=most)
+        return self.pace.allowance(decoding=decoding, first_tokens=first_tokens, most=most)
 
-    def _schedule_running(self, prompt_budget: int) -> tuple[list[Scheduled], bool]:
+    def _schedule_running(self, prompts: Allowance) -> tuple[list[Scheduled], bool]:
         batch: list[Scheduled] = []
         budget, at, preempted = self.max_step_tokens, 0, False
         while at < len(self.running):
@@ -90,8 +89,7 @@ class Scheduler:
             behind = len(self.running) - at  # a long prompt's chunk leaves each of these its token
             num_tokens = min(seq.num_uncomputed, budget - behind)
             if seq.num_uncomputed > 1:
-                num_tokens = min(num_tokens, prompt_budget)
-                prompt_budget -= num_tokens
+                num_tokens = prompts.take(wanted=num_tokens, computed=seq.num_computed)
                 if num_tokens == 0:
                     continue
             while not self.blocks.grow(seq, seq.num_computed + num_tokens):
@@ -119,14 +117,13 @@ class Scheduler:
         guess = self.speculator.guess(seq, running=len(self.running))[: max(budget, 0)]
         return guess if self.blocks.grow(seq, len(seq) + len(guess)) else []
 
-    def _admit(self, batch: list[Scheduled], prompt_budget: int) -> None:
-        budget = min(self.max_step_tokens - sum(item.num_tokens for item in batch), prompt_budget)
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+    def _admit(self, batch: list[Scheduled], prompts: Allowance) -> None:
+        prompts.tokens = min(prompts.tokens, self.max_step_tokens - sum(item.num_tokens for item in batch))
+        while self.waiting and prompts.has_room and len(self.running) < self.max_num_seqs:
             seq = None if self.short_of_memory and self.running else self._next()
             if seq is None:
                 return
             self.blocks.match_prefix(seq)
-            num_tokens = min(seq.num_uncomputed, budget)
             # Room for the whole of it, and a block for each one running: who is let in is not thrown out the step after.
             missing = self.blocks.blocks_for(len(seq)) - len(seq.block_table)
             if missing + len(self.running) > self.blocks.num_free:
@@ -148,17 +145,23 @@ class Scheduler:
                 seq.cached_tokens = seq.num_computed
                 self.prefix_hit_tokens += seq.num_computed
                 self.prefix_miss_tokens += seq.num_uncomputed
+            num_tokens = prompts.take(wanted=seq.num_uncomputed, computed=seq.num_computed)
             batch.append(Scheduled(seq, num_tokens))
             self.waiting.charge(seq, num_tokens)
-            budget -= num_tokens
 
     def _next(self) -> Sequence | None:
-        """Who is let in next. One whose adapter has no place is passed by, and after a while no more.
+        """Who is let in next. One whose adapter is not here is passed by; where others have its place, not for long.
 
         Without that end those whose adapters are here would keep it waiting for ever.
         """
         first = self.waiting.first()
-        if self.adapters.fits(first):
+        if self.adapters.here(first):
             return first
-        patient = time.monotonic() - first.arrived_s < PASSED_BY_S
-        return self.waiting.first_of(self.adapters.fits) if patient else None
+        self.adapters.bring(first)
+        if self.adapters.held_up(first) and time.monotonic() - first.arrived_s > PASSED_BY_S:
+            return None
+        found = self.waiting.first_of(self.adapters.here)
+        if found is None:  # so that no adapter which is here and unused is wanted by any of them
+            for seq in self.waiting:
+                self.adapters.bring(seq)
+        return found

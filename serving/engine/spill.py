@@ -45,7 +45,8 @@ def namespace(root: Path, *, layout: str) -> bytes:
     """What a block's bytes depend on beside its tokens: the model's content, and how the engine lays blocks out."""
     digest = hashlib.sha256(layout.encode())
     manifest = root / "manifest.json"  # of a registry's package: it holds the sha256 of every file
-    for path in [manifest] if manifest.is_file() else [root / "config.json", *sorted(root.glob("*.safetensors"))]:
+    weights = sorted([*root.glob("*.safetensors"), *root.glob("**/*.onnx")])
+    for path in [manifest] if manifest.is_file() else [root / "config.json", *weights]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.digest()

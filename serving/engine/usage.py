@@ -55,6 +55,11 @@ class Work:
             kv_bytes_per_token=config.kv_bytes_per_token(bytes_per_value=dtype.itemsize),
         )  # fmt: skip
 
+    @property
+    def look(self) -> float:
+        """Looking at one position, in the arithmetic of a token's layers."""
+        return self.attention_flops / (2 * self.layer_weights)
+
     def cost(self, batch: Seq[Scheduled], seconds: float) -> Cost:
         tokens = sampled = cached = looks = 0
         for item in batch:

@@ -23,7 +23,6 @@ from serving.engine.messages import (
     Ready,
     Reply,
     Request,
-    SamplingParams,
     Step,
 )
 from serving.engine.messages import Stop as StopMessage
@@ -89,8 +88,7 @@ def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Outbox) 
     if load.settings.tensor_parallel_size > 1:
         threading.Thread(target=_end_with_ranks, args=(connection,), daemon=True).start()
     engine = Engine.load(Path(load.root), load.settings, on_bytes=_progress(connection))
-    # Ready means that a token was made: memory is touched, kernels are chosen, and the weights give numbers.
-    engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0))
+    engine.warm_up()  # ready means that a token was made
     blocks = engine.scheduler.blocks
     seconds = time.monotonic() - started_s
     connection.send(Ready(engine.max_model_len, engine.vocab_size, blocks.num_blocks, seconds))

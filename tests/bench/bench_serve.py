@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the server's process, and this one, read it at their start
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/unit/serving")]
 import httpx
 import torch
 from tiny_packages import make_package
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from serving.engine.engine import Engine
@@ -46,6 +48,20 @@ PREFIX, TAIL, PREFIXES = 1000, 16, 5  # tokens that prompts share, and tokens of
 LONG_PROMPT, LONG_PROMPTS, STREAMED = 1500, 3, 300
 
 Prompts = list[list[int]]
+
+
+class Beside(NamedTuple):
+    gaps: list[float]  # seconds from token to token of the stream, shortest first
+    first_token_s: float  # of the long prompts sent while it ran
+    alone_s: float
+
+
+def write_tokenizer(package: Path) -> None:
+    """A word for each of the model's ids, so that each token is text at once, and an event of its own."""
+    words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, SHAPE["vocab_size"])}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(package / "tokenizer.json"))
 
 
 def random_prompts(generator: torch.Generator) -> Prompts:
@@ -99,6 +115,7 @@ async def token_times(port: int, prompt: list[int], *, tokens: int) -> list[floa
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter() - begin_s)
+    assert len(times) == tokens, f"{len(times)} events for {tokens} tokens"
     return times
 
 
@@ -106,13 +123,16 @@ def tokens_of(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(1, SHAPE["vocab_size"], (count,), generator=generator).tolist()
 
 
-async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) -> list[float]:
-    """Seconds from token to token of one stream, while others send long prompts one after another."""
+async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) -> Beside:
+    """One stream, while another user sends long prompts one after another; and such prompts with nobody beside them."""
     stream = asyncio.create_task(token_times(port, tokens_of(generator, 32), tokens=STREAMED))
-    for _ in range(LONG_PROMPTS):
-        await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1)
-    times = await stream
-    return [later - earlier for earlier, later in itertools.pairwise(times)]
+    long, alone = [], []
+    for found in (long, alone):
+        for _ in range(LONG_PROMPTS):
+            found += await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1)
+        times = await stream
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return Beside(sorted(gaps), statistics.median(long), statistics.median(alone))
 
 
 async def first_tokens(port: int, generator: torch.Generator) -> tuple[list[float], list[float]]:
@@ -127,23 +147,21 @@ async def first_tokens(port: int, generator: torch.Generator) -> tuple[list[floa
 
 def between_users(port: int) -> list[dict[str, object]]:
     generator = torch.Generator().manual_seed(1)
-    gaps = sorted(asyncio.run(long_prompts_beside_a_stream(port, generator)))
+    rounds = [asyncio.run(long_prompts_beside_a_stream(port, generator)) for _ in range(ROUNDS)]
+    stretches = [found.gaps[int(0.99 * len(found.gaps))] / statistics.median(found.gaps) for found in rounds]
+    beside = sorted(zip(stretches, rounds, strict=True), key=lambda pair: pair[0])[ROUNDS // 2][1]
     cold, warm = map(statistics.median, asyncio.run(first_tokens(port, generator)))
-    p99, median = gaps[int(0.99 * len(gaps))], statistics.median(gaps)
-    names = (
-        "a stream beside long prompts: 99th percentile and median",
-        f"first token, {PREFIX} shared tokens: warm and cold",
-    )
+    p99, median = beside.gaps[int(0.99 * len(beside.gaps))], statistics.median(beside.gaps)
+
+    def row(name: str, ours: float, peer: float, goal: str, unit: str) -> dict[str, object]:
+        ratio = ours / peer
+        return {"name": name, "ours": ours * 1e3, "peer": peer * 1e3, "ratio": ratio, "goal": goal, "unit": unit}
+
+    long = f"first token of {LONG_PROMPT}: beside a stream, and alone"
     return [
-        {
-            "name": names[0],
-            "ours": p99 * 1e3,
-            "peer": median * 1e3,
-            "ratio": p99 / median,
-            "goal": "≤ 3",
-            "unit": "ms a token",
-        },
-        {"name": names[1], "ours": warm * 1e3, "peer": cold * 1e3, "ratio": warm / cold, "goal": "≤ 0.2", "unit": "ms"},
+        row("a stream beside long prompts: 99th percentile and median", p99, median, "≤ 3", "ms a token"),
+        row(long, beside.first_token_s, beside.alone_s, "≤ 3", "ms"),
+        row(f"first token, {PREFIX} shared tokens: warm and cold", warm, cold, "≤ 0.2", "ms"),
     ]
 
 
@@ -202,6 +220,7 @@ def row(name: str, rates: dict[str, list[float]], ours: str, peer: str | None, g
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = make_package(Path(folder) / "bench", **SHAPE)
+        write_tokenizer(package)
         process, port = start_server(package)
         try:
             rates = measure(package, port)

@@ -1,6 +1,9 @@
 """A request's adapter gives the answers of the model that PEFT merges it into, whatever other adapters share its batch."""
 
 import json
+import os
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tiny_adapters import make_adapter, write_adapter
 from tiny_packages import make_package
 
 from serving.engine.engine import Engine
-from serving.engine.messages import AdapterRef, SamplingParams
+from serving.engine.messages import AdapterRef, Output, SamplingParams
 from serving.errors import Refused
 from serving.model.adapter import read_adapter
 from serving.model.config import ModelConfig
@@ -121,6 +124,70 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_and_no_others(
     assert failed.finish_reason == "failed"
     assert "changed on disk" in failed.text
     assert outputs[-1].num_tokens == GREEDY.max_tokens
+    assert e.scheduler.blocks.used_ratio == 0.0
+
+
+class SlowDisk:
+    """An adapter whose config is a pipe: who reads it waits until somebody writes."""
+
+    def __init__(self, package: Path, root: Path, *, seed: int) -> None:
+        self.ref = ref_of(package, write_adapter(root, seed=seed))
+        self._config = root / "adapter_config.json"
+        self.content = self._config.read_bytes()
+        self._config.unlink()
+        os.mkfifo(self._config)
+
+    def answers(self, content: bytes) -> None:
+        self._config.write_bytes(content)  # returns once it is read
+
+
+def run(e: Engine, *, steps: int = 10**6) -> dict[int, list[Output]]:
+    """The outputs of so many steps, or of all, by sequence."""
+    outputs: dict[int, list[Output]] = defaultdict(list)
+    while e.has_work and steps:
+        steps -= 1
+        for output in e.step():
+            outputs[output.seq_id].append(output)
+    return outputs
+
+
+def test_a_slow_disk_holds_up_nobody_but_those_who_wait_for_it(
+    tiny: Path, adapters: dict[str, tuple[AdapterRef, Path]], expected: Callable, tmp_path: Path
+) -> None:
+    slow = SlowDisk(tiny, tmp_path / "slow", seed=9)
+    e, (quick, _) = engine(tiny, max_adapters=2), adapters["all"]
+    e.add(0, prompts(8)[0], GREEDY, arrived_s=0.0, adapter=slow.ref)  # the first of all, and for long
+    e.add(1, prompts(8)[1], GREEDY, arrived_s=time.monotonic())
+    e.add(2, prompts(8)[2], GREEDY, arrived_s=time.monotonic(), adapter=quick)
+    others = defaultdict(list)
+    while {1, 2} & e.sequences.keys():
+        for seq_id, outputs in run(e, steps=1).items():
+            others[seq_id] += outputs
+    assert ["".join(o.text for o in others[i]) for i in (1, 2)] == [expected(None, 1), expected(quick, 2)]
+    assert 0 not in others
+    slow.answers(slow.content)
+    (answer,) = run(e).values()
+    twin = ref_of(tiny, write_adapter(tmp_path / "twin", seed=9))
+    assert ["".join(output.text for output in answer)] == engine(tiny).generate(prompts(8)[:1], GREEDY, adapters=[twin])
+
+
+def test_a_disk_that_never_answers_keeps_its_place_and_no_more(
+    tiny: Path, adapters: dict[str, tuple[AdapterRef, Path]], expected: Callable, tmp_path: Path
+) -> None:
+    """With one place in all: those without an adapter go on however long it takes; once it fails, the next has it."""
+    slow = SlowDisk(tiny, tmp_path / "slow", seed=9)
+    e, (quick, _) = engine(tiny, max_adapters=1), adapters["all"]
+    for seq_id, ref in enumerate((slow.ref, quick, None)):
+        e.add(seq_id, prompts(8)[seq_id], GREEDY, arrived_s=0.0, adapter=ref)
+    while 2 in e.sequences:
+        e.step()
+    assert sorted(e.sequences) == [0, 1]
+    slow.answers(b"{}")
+    outputs = run(e)
+    (failed,) = outputs[0]
+    assert (failed.finish_reason, "cannot be read" in failed.text) == ("failed", True)
+    assert "".join(output.text for output in outputs[1]) == expected(quick, 1)
+    assert len(e.adapters) == 1
     assert e.scheduler.blocks.used_ratio == 0.0
 
 

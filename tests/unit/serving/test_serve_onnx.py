@@ -2,14 +2,17 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import openai
 import pytest
 import torch
 from conftest import Server
+from tiny_packages import make_package
 
 from serving.engine.engine import Engine
 from serving.engine.messages import Output, SamplingParams
+from serving.engine.model_runner import ModelRunner
 from serving.errors import Refused
 from serving.settings import Settings, parse
 
@@ -48,7 +51,40 @@ def test_greedy_and_drawn_answers_are_those_of_torch(engines: tuple[Engine, Engi
     for params in (GREEDY, drawn):
         assert in_onnx.generate(prompts(), params) == in_torch.generate(prompts(), params)
     assert in_onnx.scheduler.blocks.used_ratio == 0.0
-    assert in_onnx.counters.prefix_hit_tokens == 0
+    # The second time prompts were found in the cache, up to their last block.
+    assert in_onnx.counters.prefix_hit_tokens == sum((len(prompt) - 1) // 16 * 16 for prompt in prompts())
+
+
+def test_a_token_costs_the_graph_a_token(package: Path, engines: tuple[Engine, Engine]) -> None:
+    """Each position is computed once, however chunks cut it, whatever is guessed, and again when it is preempted."""
+    longer = GREEDY._replace(max_tokens=40)
+    long = prompts()[5]
+    crowd = [long[start : start + 37] for start in range(0, 148, 37)]
+    expected = engines[0].generate([long, *crowd], longer)
+    settings = Settings(
+        model=str(package),
+        engine="onnx",
+        kv_bytes=14 * 16 * 512,
+        max_model_len=200,
+        max_num_seqs=8,
+        speculate_tokens=4,
+    )
+    e = Engine.load(package, settings)
+    e.scheduler.max_step_tokens, sizes = 24, []
+    model: Any = cast("ModelRunner", e.runner).model
+    graph = model.session
+
+    class Counting:
+        def run(self, names: list[str], feeds: dict) -> list:
+            sizes.append(feeds["input_ids"].size)
+            return graph.run(names, feeds)
+
+    model.session = Counting()
+    assert e.generate([long], longer) == expected[:1]
+    assert sum(sizes) <= 150 + 39 * (1 + 4)
+    assert max(sizes) <= 24
+    assert e.generate(crowd, longer) == expected[1:]
+    assert e.counters.preemptions > 0
 
 
 def test_logprobs_of_prompt_and_answer_are_those_of_torch(engines: tuple[Engine, Engine]) -> None:
@@ -87,3 +123,19 @@ def test_what_a_graph_cannot_do_is_refused(package: Path, tiny: Path, tmp_path: 
             (tmp_path / "model.onnx").write_bytes(b"\x08no graph")
         with pytest.raises(Refused, match=says):
             Engine.load(root, Settings(model=str(root), engine="onnx"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"num_hidden_layers": 3}, r"the graph has no 'past_key_values\.2\.key'"),
+        ({"num_hidden_layers": 1}, r"the graph asks for 'past_key_values\.1\.key'"),
+        ({"num_key_value_heads": 4}, r"'past_key_values\.0\.key' is tensor\(float\).* 2, .*not .* 4, "),
+        ({"vocab_size": 400}, "'logits'"),
+    ],
+)
+def test_a_graph_of_another_model_is_refused(package: Path, tmp_path: Path, shape: dict, says: str) -> None:
+    root = make_package(tmp_path / "other", **shape)
+    shutil.copy(package / "model.onnx", root)
+    with pytest.raises(Refused, match=says):
+        Engine.load(root, Settings(model=str(root), engine="onnx"))
