@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlencode
 
+from yaml import YAMLError
+
 Json = dict[str, Any]
 MANAGER = "slipway"
 """Field manager of server-side apply: whose fields are whose."""
@@ -33,10 +35,11 @@ class Cluster:
 
         try:
             self._api: Any = cast(Any, config).new_client_from_config(str(kubeconfig) if kubeconfig else None)
-        except (ConfigException, OSError) as error:
+        except (ConfigException, OSError, ValueError, YAMLError) as error:
             where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
+            why = next(iter(str(error).splitlines()), type(error).__name__)
             raise ApiError(
-                f"no cluster in {where} ({error}). Fix: --kubeconfig, or slipway cluster up", status=0
+                f"no cluster in {where} ({why}). Fix: --kubeconfig, or slipway cluster up", status=0
             ) from None
         self._api.configuration.retries = 0
         self._kinds = cache(self._discover)

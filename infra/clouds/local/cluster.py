@@ -62,6 +62,7 @@ def up(places: Places, *, kubeconfig: Path | None, gpus: int, add_ons: Sequence[
     if kubeconfig is not None:
         if add_ons:
             raise Unable("add-ons of your own cluster are yours to install. Fix: their Helm charts, or no --kubeconfig")
+        _check(kubeconfig)
         return _prepared("kubeconfig", places, kubeconfig, wanted=_Wanted(), say=say)
     names = options.with_needs(add_ons)
     wanted = _Wanted(gpus=gpus, add_ons=names, programs=options.programs(places.cache, names, say=say))
@@ -250,6 +251,14 @@ def _add(how: How, places: Places, cluster: Cluster, *, wanted: _Wanted, say: Sa
     addons.install(cluster, everything=how == "node", options=wanted.add_ons)
 
 
+def _check(kubeconfig: Path) -> None:
+    """Raises `Unable` for a file that names no cluster: that one is not waited for."""
+    try:
+        Cluster(kubeconfig)
+    except ApiError as error:
+        raise Unable(str(error)) from None
+
+
 def _how(places: Places, kubeconfig: Path | None) -> How | None:
     if kubeconfig is not None:
         return "kubeconfig"
@@ -267,5 +276,6 @@ def _until(holds: Callable[[], bool], otherwise: str, places: Places) -> None:
     until = time.monotonic() + READY_S
     while not holds():
         if time.monotonic() > until:
-            raise ClusterError(f"{otherwise} within {READY_S:.0f} s. Fix: read the logs in {places.logs}")
+            where = f"read the logs in {places.logs}" if places.logs.exists() else "look with kubectl get nodes"
+            raise ClusterError(f"{otherwise} within {READY_S:.0f} s. Fix: {where}")
         time.sleep(0.2)
