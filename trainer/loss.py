@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from trainer.kernels import decoder as kernels
+
 IGNORED = -100
 """A target that does not count: PyTorch's own number for it."""
 
@@ -23,7 +25,9 @@ def cross_entropy(head: nn.Linear, x_BLD: Tensor, targets_BL: Tensor, *, reducti
     """
     x_ND, targets_N = x_BLD.flatten(0, 1), targets_BL.flatten()
     rows = max(LOGITS_AT_ONCE[x_ND.device.type] // head.out_features, 1)
-    if type(head) is nn.Linear and type(head.weight) is nn.Parameter and type(x_ND) is Tensor:
+    if kernels.usable(x_ND, head):
+        total = kernels.summed_loss(x_ND, head.weight, targets_N, at_once=rows)
+    elif type(head) is nn.Linear and type(head.weight) is nn.Parameter and type(x_ND) is Tensor:
         total = _HeadAndLoss.apply(x_ND, head.weight, targets_N, rows)
     elif len(x_ND) <= rows:
         return summed_or_mean(head(x_ND), targets_N, reduction)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig, RopeScaling
-from trainer.fused import fusable, gated, turned_projections
+from trainer.kernels import decoder as kernels
 from trainer.loss import cross_entropy
-from trainer.rms_norm import RMSNorm
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -53,6 +52,21 @@ def same_document(documents_BL: Tensor) -> Tensor:
     return same_BLL.tril_().unsqueeze(1)
 
 
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019; computed in float32 whatever the dtype of the input."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) to the same."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
 class CausalAttention(nn.Module):
     """Every position attends to itself and to what came before it, or to what the mask says; no parameters."""
 
@@ -80,13 +94,9 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
         """`mask_B1LL` is true where a position may look; without it each sees all that came before."""
         cos_LW, sin_LW = cos_LW[: x_BLD.shape[1]], sin_LW[: x_BLD.shape[1]]
-        if self.q_norm is None and fusable(x_BLD, self.q_proj, self.k_proj, self.v_proj):
-            qkv = turned_projections(x_BLD, (self.q_proj, self.k_proj, self.v_proj), cos_LW, sin_LW)
-        else:
-            q_BHLW = turn(self._heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
-            k_BKLW = turn(self._heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
-            qkv = q_BHLW, k_BKLW, self._heads(self.v_proj(x_BLD))
-        y_BHLW = self.attend(*qkv, mask_B1LL)
+        q_BHLW = turn(self._heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
+        k_BKLW = turn(self._heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
+        y_BHLW = self.attend(q_BHLW, k_BKLW, self._heads(self.v_proj(x_BLD)), mask_B1LL)
         return self.o_proj(y_BHLW.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
@@ -104,8 +114,6 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn, config.hidden, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        if fusable(x_BLD, self.gate_proj, self.up_proj):
-            return self.down_proj(gated(x_BLD, self.gate_proj, self.up_proj))
         return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
 
 
@@ -116,10 +124,29 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.eps = config.norm_eps
 
     def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+        if self._has_kernels(x_BLD):
+            attention, mlp = self.self_attn, self.mlp
+            matrices = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            into = (self.input_layernorm.weight, *(each.weight for each in matrices))
+            out = (self.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+            return kernels.block(x_BLD, (*into, *out), (cos_LW, sin_LW), mask_B1LL, eps=self.eps)
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LW, sin_LW, mask_B1LL)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+    def _has_kernels(self, x_BLD: Tensor) -> bool:
+        """For a CPU, where no other attention was put in the place of ours."""
+        attention, mlp = self.self_attn, self.mlp
+        if (
+            type(attention.attend) is not CausalAttention
+            or attention.q_norm is not None
+            or not kernels.fits(attention.width)
+        ):
+            return False
+        matrices = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return kernels.usable(x_BLD, *matrices, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 class Backbone(nn.Module):

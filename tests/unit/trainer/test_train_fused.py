@@ -1,4 +1,4 @@
-"""What a CPU computes in few operations, in pieces or compiled is what the plain operations say, gradients too."""
+"""What a CPU computes by kernels, in pieces or compiled is what the plain operations say, gradients too."""
 
 import shutil
 
@@ -11,11 +11,11 @@ from layouts_of_trainer import BASE, VOCAB, config_of, cursor_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainer.kernels.decoder
 import trainer.loss
-import trainer.model
 from trainer.config import ModelConfig
 from trainer.errors import StopSignal
-from trainer.fused import fusable
+from trainer.kernels.decoder import usable, why_not
 from trainer.loss import IGNORED, cross_entropy
 from trainer.model import Decoder
 from trainer.optim import make_optimizer
@@ -43,24 +43,63 @@ def loss_and_gradients(model: Decoder, tokens: torch.Tensor, **more) -> dict[str
     }
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"kv_heads": 4, "tied_embeddings": False}, {"kv_heads": 1, "head_dim": 10}], ids=str
-)
-def test_few_operations_give_what_the_plain_ones_do(monkeypatch, shape):
-    model, tokens = decoder_of(**shape), torch.randint(0, 70, (3, 40))
-    documents = torch.arange(40).div(15, rounding_mode="floor").expand(3, 40)
+needs_kernels = pytest.mark.skipif(why_not() is not None, reason=f"the kernels are not to be had here: {why_not()}")
+
+SHAPES = {
+    "grouped": {},
+    "untied": {"kv_heads": 4, "tied_embeddings": False},
+    "odd head width": {"hidden": 48, "kv_heads": 1, "head_dim": 12},
+    "wider than a block of k": {"layers": 1, "hidden": 272, "kv_heads": 4, "ffn": 528},
+}
+
+
+def without_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer.kernels.decoder, "usable", lambda *_: False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("length", [2, 61])
+def test_kernels_give_what_the_plain_operations_do(monkeypatch, shape, length):
+    model, tokens = decoder_of(**shape), torch.randint(0, 70, (3, length))
+    documents = torch.arange(length).div(15, rounding_mode="floor").expand(3, length)
     for more in ({}, {"documents_BL": documents}):
         with monkeypatch.context() as patched:
-            patched.setattr(trainer.model, "fusable", lambda *_: False)
+            without_kernels(patched)
             plain = loss_and_gradients(model, tokens, **more)
-        few = loss_and_gradients(model, tokens, **more)
-        assert plain.keys() == few.keys()
+        found = loss_and_gradients(model, tokens, **more)
+        assert plain.keys() == found.keys()
         for name, value in plain.items():
-            assert torch.linalg.vector_norm(few[name] - value) <= 1e-5 * torch.linalg.vector_norm(value), name
+            assert torch.linalg.vector_norm(found[name] - value) <= 2e-5 * torch.linalg.vector_norm(value), name
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit():
+    model, tokens = decoder_of(), torch.randint(0, 70, (3, 61))
+    one = loss_and_gradients(model, tokens)
+    try:
+        torch.set_num_threads(3)
+        three = loss_and_gradients(model, tokens)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+@needs_kernels
+def test_frozen_matrices_get_no_gradient_and_what_is_below_them_does():
+    model, tokens = decoder_of(), torch.randint(0, 70, (2, 20))
+    wanted = loss_and_gradients(model, tokens)
+    for name, parameter in model.model.layers.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    found = loss_and_gradients(model, tokens)
+    assert not any("proj" in name for name in found)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_what_is_made_again_in_few_operations_is_what_was_made(mode):
+def test_what_is_made_again_is_what_was_made(monkeypatch, mode):
+    if mode == "selective":  # it watches each operation
+        without_kernels(monkeypatch)
     model, tokens = decoder_of(), torch.randint(0, 70, (3, 40))
     kept = loss_and_gradients(model, tokens)
     apply_recompute(model, mode)
@@ -68,16 +107,28 @@ def test_what_is_made_again_in_few_operations_is_what_was_made(mode):
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
-def test_only_plain_matrices_are_taken_together():
-    plain, biased, adapted = nn.Linear(4, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+@needs_kernels
+def test_kernels_are_for_plain_matrices_in_float32():
+    plain, biased, adapted = nn.Linear(16, 4, bias=False), nn.Linear(16, 4), nn.Linear(16, 4, bias=False)
     adapted.__class__ = type("Adapted", (nn.Linear,), {})
-    x = torch.zeros(1, 2, 4)
-    assert fusable(x, plain, plain)
-    assert not fusable(x, plain, biased)
-    assert not fusable(x, plain, adapted)
-    assert not fusable(x.bfloat16(), plain)
+    x = torch.zeros(1, 2, 16)
+    assert usable(x, plain, plain)
+    assert not usable(x, plain, biased)
+    assert not usable(x, plain, adapted)
+    assert not usable(x, plain, nn.Linear(12, 4, bias=False))
+    assert not usable(x.bfloat16(), plain)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fusable(x, plain)
+        assert not usable(x, plain)
+    with Largest():
+        assert not usable(x, plain)
+
+
+@needs_kernels
+def test_a_loss_that_is_not_a_number_is_told_as_that():
+    model, tokens = decoder_of(), torch.randint(0, 70, (2, 20))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
+    assert model(tokens, tokens).isnan()
 
 
 class Largest(TorchDispatchMode):
@@ -94,6 +145,25 @@ class Largest(TorchDispatchMode):
 
 class OtherLinear(nn.Linear):
     """Like one with an adapter, whose product is its own affair."""
+
+
+@needs_kernels
+@given(rows=st.integers(1, 200), ignored=st.sets(st.integers(0, 99)), outputs=st.integers(2, 70))
+@settings(max_examples=25, deadline=None)
+def test_the_loss_of_kernels_is_that_of_all_logits_at_once(rows, ignored, outputs):
+    torch.manual_seed(0)
+    head, x, targets = nn.Linear(16, outputs, bias=False), torch.randn(1, 100, 16), torch.randint(0, outputs, (1, 100))
+    targets[0, sorted(ignored)] = IGNORED
+    x.mul_(4).requires_grad_()
+    whole = F.cross_entropy(head(x)[0], targets[0], reduction="sum")
+    wanted = torch.autograd.grad(whole, [x, head.weight])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer.loss, "LOGITS_AT_ONCE", {"cpu": rows * outputs})
+        loss = cross_entropy(head, x, targets, reduction="sum")
+        found = torch.autograd.grad(loss, [x, head.weight])
+    torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, OtherLinear])

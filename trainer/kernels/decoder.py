@@ -1,0 +1,183 @@
+"""A decoder's block, and its head with the loss, as operations of autograd that are each one call of C++.
+
+Where every small operation reads and writes all of memory, as on a CPU without a compiler, they take half of a small
+model's step, and attention far more than its share. `decoder.cpp` says how it is done there.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer.kernels.build import Unavailable, library
+
+_LANES, _WIDEST_HEAD = 16, 256
+"""Rows of activations are whole vectors of any processor; a head's width is multiplied in one go."""
+
+
+class _Block(ctypes.Structure):
+    """`Block` of decoder.cpp, whose comments say what is what."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("batch", "length", "hidden", "heads", "kv_heads", "width", "ffn")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("starts", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("before", "q", "k", "v", "o", "after", "gate", "up", "down")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "x_scale", "qkv", "attended", "sums", "middle", "middle_scale", "both")
+        ),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("x", "before", "qkv", "o", "after", "both", "down"))
+
+
+@cache
+def why_not() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    try:
+        library().head_and_loss.argtypes = [ctypes.c_long] * 4 + [ctypes.c_void_p] * 5
+        library().head_and_loss.restype = ctypes.c_double
+        library().block_forward.argtypes = [ctypes.c_void_p] * 2
+        library().block_backward.argtypes = [ctypes.c_void_p] * 3
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def usable(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether float32 on a CPU and whole, plain matrices are all there is: no bias, adapter, DTensor, autocast or compiler,
+    and nobody who means to see each operation, as selective recomputation does.
+    """
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+    if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, layers)):
+        return False
+    return why_not() is None
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
+        return False
+    return layer.in_features % _LANES == 0 and layer.weight.is_contiguous()
+
+
+def block(
+    x_BLD: Tensor, weights: Sequence[Tensor], tables: tuple[Tensor, Tensor], mask_B1LL: Tensor | None, *, eps: float
+) -> Tensor:
+    """A block of heads as wide as the tables of `rope_tables` and at most 256.
+
+    `weights` are those of the norm before attention, of q, k, v and o, and of the norm after it, gate, up and down. By the mask
+    each position sees all from some position on to itself.
+    """
+    return _BlockOperation.apply(x_BLD, *weights, *tables, mask_B1LL, eps)
+
+
+def fits(head_width: int) -> bool:
+    return head_width <= _WIDEST_HEAD
+
+
+def summed_loss(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, at_once: int) -> Tensor:
+    """The sum of -ln p of the targets that are not negative, in nats; of the logits `at_once` rows are made at a time."""
+    return _HeadAndLoss.apply(x_ND, head_VD, targets_N, at_once)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _BlockOperation(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        before: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        after: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        x, width = x.contiguous(), cos.shape[-1]
+        (batch, length, hidden), heads, kv_heads = x.shape, len(q) // width, len(k) // width
+        starts = None if mask is None else mask.byte().argmax(-1).contiguous()
+        sizes = {
+            "batch": batch,
+            "length": length,
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "width": width,
+        }
+        tensors = {
+            "starts": starts,
+            "cos": cos,
+            "sin": sin,
+            **{"before": before, "q": q, "k": k, "v": v, "o": o, "after": after, "gate": gate, "up": up, "down": down},
+            "x": x,
+            "x_scale": x.new_empty(batch, length),
+            "qkv": x.new_empty(batch, length, len(q) + 2 * len(k)),
+            "attended": x.new_empty(batch, length, len(q)),
+            "sums": x.new_empty(batch, heads, length),
+            "middle": torch.empty_like(x),
+            "middle_scale": x.new_empty(batch, length),
+            "both": x.new_empty(batch, length, 2 * len(gate)),
+        }
+        ctx.names, ctx.sizes = tuple(tensors), {**sizes, "ffn": len(gate), "eps": eps}
+        ctx.save_for_backward(*tensors.values())
+        out = torch.empty_like(x)
+        library().block_forward(_structure(ctx.sizes, tensors), out.data_ptr())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        hidden, into = ctx.sizes["hidden"], [len(tensors[name]) for name in ("q", "k", "v")]
+        found: dict[str, Tensor | None] = {name: torch.empty_like(tensors[name]) for name in ("x", "before", "after")}
+        found |= dict.fromkeys(("qkv", "o", "both", "down"))
+        wanted = dict(zip(("q", "k", "v", "o", "after", "gate", "up", "down"), ctx.needs_input_grad[2:10], strict=True))
+        if wanted["q"] or wanted["k"] or wanted["v"]:
+            found["qkv"] = grad.new_empty(sum(into), hidden)
+        if wanted["o"] or wanted["gate"] or wanted["up"] or wanted["down"]:
+            found |= {name: torch.empty_like(tensors[name]) for name in ("o", "down")}
+            found["both"] = grad.new_empty(2 * ctx.sizes["ffn"], hidden)
+        to = ctypes.byref(_Gradients(**{name: _at(tensor) for name, tensor in found.items()}))
+        library().block_backward(_structure(ctx.sizes, tensors), grad.contiguous().data_ptr(), to)
+        qkv = (None, None, None) if found["qkv"] is None else found["qkv"].split(into)
+        gate_up = (None, None) if found["both"] is None else found["both"].chunk(2)
+        return found["x"], found["before"], *qkv, found["o"], found["after"], *gate_up, found["down"], *(None,) * 4
+
+
+def _structure(sizes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Any:
+    return ctypes.byref(_Block(**sizes, **{name: _at(tensor) for name, tensor in tensors.items()}))
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    """The gradients are made with the loss, while logits are at hand; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, at_once: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, targets, wanted = x.contiguous(), targets.contiguous(), ctx.needs_input_grad[:2]
+        ctx.grads = [torch.empty_like(each) if want else None for each, want in zip((x, head), wanted, strict=True)]
+        pointers = map(_at, (x, head, targets, *ctx.grads))
+        return x.new_tensor(library().head_and_loss(*x.shape, len(head), at_once, *pointers))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *(None if each is None else each * grad for each in ctx.grads), None, None

@@ -1,0 +1,211 @@
+// Matrix products: rows times a matrix that waits in memory in the order in which it is read.
+//
+// All arithmetic is done by one tile of TILE_ROWS rows and two vectors of columns, whose sums stay in registers while k
+// goes by. What it multiplies with lies in panels of two vectors' columns, DEPTH of k at a time, so that a panel stays in
+// the first cache while the rows pass. (The scheme of BLIS: Van Zee and van de Geijn, TOMS 2015.) The sum behind every
+// element runs in the order of k however the rows are dealt to threads: their number changes no bit.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 12;  // 24 sums of 32 registers
+#else
+constexpr int LANES = 8, TILE_ROWS = 6;  // 12 of 16
+#endif
+constexpr long WIDTH = 2 * LANES, DEPTH = 256;
+constexpr long BLOCK = 48;  // rows that go through everything together, in the second cache; any tile's height divides it
+
+// Sums are registers only where the loops over them are gone.
+#define UNROLLED _Pragma("GCC unroll 16")
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float vec_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline vec load(const float* at) { return *(const vec_at*)at; }
+static inline void store(float* at, vec value) { *(vec_at*)at = value; }
+
+// Memory that stays for the next call: what is fresh costs a page fault for every 4 KiB.
+class Room {
+  public:
+    float* of(long floats) {
+        if (floats > floats_) {
+            free(at_);
+            at_ = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+            floats_ = floats;
+        }
+        return at_;
+    }
+    ~Room() { free(at_); }
+
+  private:
+    float* at_ = nullptr;
+    long floats_ = 0;
+};
+
+// Element (i, j) of a matrix is at[i·row + j·column].
+struct Matrix {
+    const float* at;
+    long row, column;
+};
+
+// A matrix of `depth` rows in panels: DEPTH of its rows at a time, WIDTH of its columns, row after row; zeros fill the last.
+struct Panels {
+    float* at;
+    long depth, columns;
+
+    static long padded(long columns) { return (columns + WIDTH - 1) / WIDTH * WIDTH; }
+    static long floats(long depth, long columns) { return depth * padded(columns); }
+
+    const float* panel(long k, long height, long column) const { return at + k * padded(columns) + column * height; }
+};
+
+// WIDTH columns, on this thread.
+static void pack_panels(Matrix from, long depth, long columns, long column, float* to) {
+    const long width = std::min(WIDTH, columns - column);
+    for (long k = 0; k < depth; k += DEPTH) {
+        const long height = std::min(DEPTH, depth - k);
+        float* panel = to + k * Panels::padded(columns) + column * height;
+        const float* first = from.at + k * from.row + column * from.column;
+        if (width < WIDTH) memset(panel, 0, height * WIDTH * sizeof(float));
+        if (from.column == 1 && width == WIDTH)
+            for (long i = 0; i < height; ++i)
+                UNROLLED for (int v = 0; v < WIDTH; v += LANES) store(panel + i * WIDTH + v, load(first + i * from.row + v));
+        else
+            for (long j = 0; j < width; ++j)
+                for (long i = 0; i < height; ++i) panel[i * WIDTH + j] = first[i * from.row + j * from.column];
+    }
+}
+
+static Panels pack_here(Matrix from, long depth, long columns, float* to) {
+    for (long column = 0; column < columns; column += WIDTH) pack_panels(from, depth, columns, column, to);
+    return {to, depth, columns};
+}
+
+// The same on all threads.
+static Panels pack(Matrix from, long depth, long columns, float* to) {
+#pragma omp parallel for
+    for (long column = 0; column < columns; column += WIDTH) pack_panels(from, depth, columns, column, to);
+    return {to, depth, columns};
+}
+
+// Where sums begin (null: at zero) and where they go; both with the same columns side by side.
+struct Sums {
+    const float* from;
+    long from_row;
+    float* to;
+    long to_row;
+};
+
+static inline vec load_some(const float* at, long count) {
+    vec value = {};
+    for (long i = 0; i < std::min<long>(count, LANES); ++i) value[i] = at[i];
+    return value;
+}
+
+static inline void store_some(float* at, vec value, long count) {
+    for (long i = 0; i < std::min<long>(count, LANES); ++i) at[i] = value[i];
+}
+
+template <int R>
+static void tile(Matrix a, const float* panel, long height, Sums sums, long width) {
+    vec sum[R][2] = {};
+    const bool whole = width == WIDTH;
+    if (sums.from)
+        UNROLLED for (int r = 0; r < R; ++r) {
+            const float* from = sums.from + r * sums.from_row;
+            sum[r][0] = whole ? load(from) : load_some(from, width);
+            sum[r][1] = whole ? load(from + LANES) : load_some(from + LANES, width - LANES);
+        }
+    for (long k = 0; k < height; ++k) {
+        const vec left = load(panel + k * WIDTH), right = load(panel + k * WIDTH + LANES);
+        UNROLLED for (int r = 0; r < R; ++r) {
+            const float x = a.at[r * a.row + k * a.column];
+            sum[r][0] += x * left;
+            sum[r][1] += x * right;
+        }
+    }
+    UNROLLED for (int r = 0; r < R; ++r) {
+        float* to = sums.to + r * sums.to_row;
+        if (whole) {
+            store(to, sum[r][0]);
+            store(to + LANES, sum[r][1]);
+        } else {
+            store_some(to, sum[r][0], width);
+            store_some(to + LANES, sum[r][1], width - LANES);
+        }
+    }
+}
+
+typedef void (*Tile)(Matrix, const float*, long, Sums, long);
+
+template <int... R>
+constexpr std::array<Tile, sizeof...(R)> tiles_of(std::integer_sequence<int, R...>) {
+    return {tile<R + 1>...};
+}
+constexpr auto TILES = tiles_of(std::make_integer_sequence<int, TILE_ROWS>());
+
+// A matrix that is read down its columns, as tiles read it: k after k of TILE_ROWS rows. Where there are vectors to copy,
+// each reaches into what the next one writes.
+static void pack_rows(Matrix a, long rows, long height, float* to) {
+    for (long i = 0; i < rows; i += TILE_ROWS, to += TILE_ROWS * height)
+        if (a.row == 1 && i + LANES <= rows)
+            for (long k = 0; k < height; ++k) store(to + k * TILE_ROWS, load(a.at + i + k * a.column));
+        else
+            for (long k = 0; k < height; ++k)
+                for (long r = 0; r < std::min<long>(TILE_ROWS, rows - i); ++r)
+                    to[k * TILE_ROWS + r] = a.at[(i + r) * a.row + k * a.column];
+}
+
+// Up to BLOCK rows of a, times b, or times its first `depth` rows; on this thread.
+static void multiply(Matrix a, long rows, const Panels& b, Sums sums, long depth) {
+    thread_local Room room;
+    for (long k = 0; k < depth; k += DEPTH) {
+        const long height = std::min(DEPTH, depth - k), packed_height = std::min(DEPTH, b.depth - k);
+        const Matrix some = {a.at + k * a.column, a.row, a.column};
+        const bool down = a.column != 1;
+        float* ordered = down ? room.of(BLOCK * DEPTH + LANES) : nullptr;
+        if (down) pack_rows(some, rows, height, ordered);
+        for (long column = 0; column < b.columns; column += WIDTH)
+            for (long i = 0; i < rows; i += TILE_ROWS) {
+                const long together = std::min<long>(TILE_ROWS, rows - i);
+                const Matrix own = down ? Matrix{ordered + i * height, 1, TILE_ROWS} : Matrix{some.at + i * some.row, some.row, 1};
+                float* to = sums.to + i * sums.to_row + column;
+                const float* from = sums.from ? sums.from + i * sums.from_row + column : nullptr;
+                const Sums here = k ? Sums{to, sums.to_row, to, sums.to_row} : Sums{from, sums.from_row, to, sums.to_row};
+                TILES[together - 1](own, b.panel(k, packed_height, column), height, here, std::min(WIDTH, b.columns - column));
+            }
+    }
+}
+
+static void multiply(Matrix a, long rows, const Panels& b, Sums sums) { multiply(a, rows, b, sums, b.depth); }
+
+static Matrix plain(const float* at, long row) { return {at, row, 1}; }
+static Matrix transposed(const float* at, long row) { return {at, 1, row}; }
+
+// Where a product begins at zero, and where it adds to what is there.
+static Sums into(float* to, long row) { return {nullptr, 0, to, row}; }
+static Sums onto(float* to, long row) { return {to, row, to, row}; }
+
+// Calls work(first, count) for every BLOCK of rows, on all threads.
+template <class F>
+static void for_blocks(long rows, F&& work) {
+#pragma omp parallel for schedule(dynamic)
+    for (long first = 0; first < rows; first += BLOCK) work(first, std::min(BLOCK, rows - first));
+}
+
+// The gradient of w in x·wᵀ: to (outputs, inputs) = gradientᵀ (tokens, outputs) · x (tokens, inputs), or added to it.
+static void weight_gradient(Matrix gradient, long outputs, Matrix x, long inputs, long tokens, float* to, bool add = false) {
+    thread_local Room room;
+    const Panels panels = pack(x, tokens, inputs, room.of(Panels::floats(tokens, inputs)));
+    for_blocks(outputs, [&](long first, long count) {
+        float* here = to + first * inputs;
+        const Matrix columns = {gradient.at + first * gradient.column, gradient.column, gradient.row};
+        multiply(columns, count, panels, add ? onto(here, inputs) : into(here, inputs));
+    });
+}
