@@ -6,14 +6,18 @@ are added to these and replace those of the same name.
 
 import os
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from infra.spec.stack import unknown
 
 HERE = Path(__file__).parent
+T = TypeVar("T")
+OR_NONE = ("gpus", "efa", "price", "interruptions_per_h")
+"""Amounts that may be 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +91,49 @@ def _tables() -> tuple[dict[str, Gpu], dict[str, Instance]]:
         | file["spot"].get(entry["cloud"], {})
         for name, entry in file["instance"].items()
     }
-    if extra := os.environ.get("SLIPWAY_CATALOG"):
-        users = tomllib.loads(Path(extra).read_text())
-        gpus |= users.get("gpu", {})
-        priced |= users.get("instance", {})
+    gpus |= _users("gpu")
+    priced |= _users("instance")
     return (
-        {name: Gpu(name=name, **entry) for name, entry in gpus.items()},
-        {name: Instance(name=name, **entry) for name, entry in priced.items()},
+        {name: _entry(Gpu, "gpu", name, entry) for name, entry in gpus.items()},
+        {name: _entry(Instance, "instance", name, entry) for name, entry in priced.items()},
     )
+
+
+def _users(table: str) -> dict[str, Any]:
+    """The user's own entries of a table. Raises ValueError for a file that is none."""
+    path = os.environ.get("SLIPWAY_CATALOG")
+    if not path:
+        return {}
+    try:
+        entries: Any = tomllib.loads(Path(path).read_text(encoding="utf-8")).get(table, {})
+    except OSError as error:
+        raise ValueError(f"the catalogue cannot be read: {error.strerror} ({path}). Mend SLIPWAY_CATALOG") from None
+    except ValueError as error:
+        raise ValueError(f"the catalogue is no TOML: {error} ({path}). Mend it, or unset SLIPWAY_CATALOG") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in cast("Any", entries).values()):
+        raise ValueError(f"[{table}] must hold tables, as [{table}.NAME] ({path}). Mend it, or unset SLIPWAY_CATALOG")
+    return cast("dict[str, Any]", entries)
+
+
+def _entry(made: Callable[..., T], table: str, name: str, entry: dict[str, Any]) -> T:
+    """One row; a user's may have keys too many or too few."""
+    wanted = {field.name: field for field in fields(cast("Any", made)) if field.name != "name"}
+    wrong = [key for key in entry if key not in wanted]
+    wrong += [key for key, field in wanted.items() if key not in entry and field.default is MISSING]
+    wrong += [key for key in entry if key in wanted and not _suits(key, entry[key], str(wanted[key].type))]
+    if wrong:
+        fix = f"its keys are {', '.join(wanted)}"
+        raise ValueError(f"[{table}.{name}] of the catalogue has no right `{wrong[0]}`; {fix}")
+    return made(name=name, **entry)
+
+
+def _suits(key: str, value: Any, annotation: str) -> bool:
+    """Text where text is wanted, else a number above zero, or at zero where that says that there is none."""
+    if "str" in annotation:
+        return isinstance(value, str)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value < float("inf") or (value == 0 and key in OR_NONE)
 
 
 def gpus() -> dict[str, Gpu]:
@@ -112,9 +151,7 @@ def models() -> dict[str, dict[str, Any]]:
     """Shapes of well-known decoders by name, as their Hugging Face config.json has them (models.toml, and `[model.NAME]` tables of
     the user's catalogue)."""
     known: dict[str, Any] = tomllib.loads((HERE / "models.toml").read_text())
-    if extra := os.environ.get("SLIPWAY_CATALOG"):
-        known |= tomllib.loads(Path(extra).read_text()).get("model", {})
-    return known
+    return known | _users("model")
 
 
 def model(name: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def read_points(file: Path) -> list[dict[str, Any]]:
         document = jsonlib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"no such file ({file}). Fix: name a JSON file of points") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise Refusal(f"not JSON in UTF-8: {error} ({file}). Fix: give a list of points") from None
     if isinstance(document, dict) and "points" in document:
         document = cast("dict[str, Any]", document)["points"]

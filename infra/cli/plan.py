@@ -85,6 +85,8 @@ def _document(
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all."""
+    if not file.name:
+        raise Refusal(f"no name of a file ({file}). Fix: --html plan.html")
     beside = file.with_name(f".{file.name}.part")
     try:
         beside.write_text(text, encoding="utf-8")

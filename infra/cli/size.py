@@ -87,11 +87,14 @@ def shape_called(name: str) -> Shape:
         config: Any = jsonlib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"no such file ({file}). Fix: name a model of the catalogue, or a config.json") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise Refusal(f"not JSON in UTF-8: {error} ({file}). Fix: give a Hugging Face config.json") from None
     if not isinstance(config, dict):
         raise Refusal(f"no JSON object ({file}). Fix: give a Hugging Face config.json")
-    return Shape.from_config(cast("dict[str, Any]", config))
+    try:
+        return Shape.from_config(cast("dict[str, Any]", config))
+    except ValueError as error:
+        raise Refusal(f"{error} ({file}). Fix: give the config.json of a decoder") from None
 
 
 def _positive(**values: float | None) -> None:

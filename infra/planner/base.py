@@ -23,8 +23,11 @@ def with_shape(training: Training) -> Training:
     if family not in FAMILIES:
         says = f"{where} has a model of type {family!r}, and the trainer tunes {', '.join(FAMILIES)}"
         raise Unplannable("training.base", says)
-    shape = Shape.from_config(settings)
-    context = int(settings.get("max_position_embeddings", training.seq))
+    try:
+        shape = Shape.from_config(settings)
+    except ValueError as error:
+        raise Unplannable("training.base", f"{error} ({where})") from None
+    context = int(settings.get("max_position_embeddings") or training.seq)
     if training.seq > context:
         raise Unplannable(
             "training.seq", f"{training.seq} is above the {context} positions of the base package; lower seq"

@@ -39,6 +39,8 @@ class Point:
 
 def read_point(raw: Raw) -> Point:
     """Check what every point has. Raises ValueError."""
+    if not isinstance(cast(Any, raw), dict):
+        raise ValueError(f"no JSON object, and it is {raw!r}")
     measured = raw.get("measured")
     if not isinstance(measured, dict) or not measured:
         raise ValueError("no `measured` values")

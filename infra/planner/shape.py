@@ -1,7 +1,7 @@
 """A decoder's shape and what follows from it alone: parameters, FLOPs a token, KV bytes a token."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from infra.spec import ModelShape
 
@@ -83,19 +83,18 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The shape in a Hugging Face `config.json`. Raises ValueError that names the key which is not there."""
-        names = {key: value for key, value in config.items() if value is not None}
+        """The shape in a Hugging Face `config.json`. Raises ValueError that names the key which is not there, or is no count."""
+        names = {key: _checked(key, value) for key, value in config.items() if value is not None}
 
         def first(*keys: str) -> int:
-            for key in keys:
-                if key in names:
-                    return int(names[key])
-            raise ValueError(f"config.json has no `{keys[0]}`: not a decoder that the planner knows")
+            return _needed(names, *keys)
 
         hidden, heads = first("hidden_size", "n_embd", "d_model"), first("num_attention_heads", "n_head", "n_heads")
         gated = str(names.get("model_type", "llama")) not in UNGATED
         latent = _latent_of(names)
         width = (latent.key + latent.rope + latent.value) // 2 if latent else hidden // heads
+        if not (latent or "head_dim" in names or width):
+            raise ValueError(f"{heads} heads are more than hidden_size {hidden} of config.json has room for")
         return cls(
             layers=first("num_hidden_layers", "n_layer", "n_layers"),
             hidden=hidden,
@@ -216,6 +215,67 @@ UNGATED = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "falcon", "mpt
 """Values of `model_type` whose MLP has two matrices."""
 
 
+COUNTS = [
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "vocab_size",
+    "moe_intermediate_size",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+]
+OR_NONE = [
+    "n_routed_experts",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "experts_per_token",
+    "decoder_sparse_step",
+    "moe_layer_freq",
+    "first_k_dense_replace",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "q_lora_rank",
+]
+"""Counts that may be 0 as well."""
+MOST = 1 << 24
+"""Far above every model."""
+
+
+def _checked(key: str, value: Any) -> Any:
+    """`value`, as a whole number where the key is a count. Raises ValueError where it cannot be one."""
+    least = 1 if key in COUNTS else 0 if key in OR_NONE else None
+    if least is None:
+        return value
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or not least <= value <= MOST:
+        raise ValueError(f"`{key}` of config.json must be a whole number from {least} to {MOST}, and it is {value!r}")
+    return int(value)
+
+
+def _needed(names: dict[str, Any], *keys: str) -> int:
+    """The first of `keys` that is there."""
+    for key in keys:
+        if key in names:
+            return names[key]
+    raise ValueError(f"config.json has no `{keys[0]}`: not a decoder that the planner knows")
+
+
 def _experts_of(names: dict[str, Any]) -> Experts | None:
     """The mixture of experts in a config.json (Mixtral, Qwen2/3-MoE, DeepSeek, gpt-oss, OLMoE, GLM); None where it has none."""
     count = next(
@@ -229,9 +289,12 @@ def _experts_of(names: dict[str, Any]) -> Experts | None:
             f"config.json has {count} experts and `num_experts_per_tok` {active}; it goes from 1 to {count}"
         )
     width = int(names.get("moe_intermediate_size", names.get("intermediate_size", 0)))
-    layers = int(names["num_hidden_layers"])
+    layers = _needed(names, "num_hidden_layers", "n_layer", "n_layers")
     every = int(names.get("decoder_sparse_step", names.get("moe_layer_freq", 1)) or 1)
-    dense = int(names.get("first_k_dense_replace", 0)) + len(names.get("mlp_only_layers", ()))
+    only_dense: Any = names.get("mlp_only_layers", ())
+    if not isinstance(only_dense, list | tuple):
+        raise ValueError(f"`mlp_only_layers` of config.json must be a list, and it is {only_dense!r}")
+    dense = int(names.get("first_k_dense_replace", 0)) + len(cast("list[Any]", only_dense))
     return Experts(
         count=count,
         active=active,
@@ -247,9 +310,9 @@ def _latent_of(names: dict[str, Any]) -> Latent | None:
     if "kv_lora_rank" not in names:
         return None
     return Latent(
-        rank=int(names["kv_lora_rank"]),
-        rope=int(names["qk_rope_head_dim"]),
-        key=int(names["qk_nope_head_dim"]),
-        value=int(names["v_head_dim"]),
+        rank=_needed(names, "kv_lora_rank"),
+        rope=_needed(names, "qk_rope_head_dim"),
+        key=_needed(names, "qk_nope_head_dim"),
+        value=_needed(names, "v_head_dim"),
         query_rank=int(names.get("q_lora_rank", 0)),
     )

@@ -1,7 +1,7 @@
 """What a training run needs: memory of a rank, time, price on demand and on spot capacity."""
 
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 
 from infra.catalog import Instance
 from infra.planner import cpu
@@ -205,7 +205,8 @@ def _price(training: Training, *, instance: Instance, hours: float, step_s: floa
     parameters = Shape.of(training.shape, vocab_size=training.data.vocab_size).parameters
     save, rate = save_s(parameters=parameters, nodes=training.nodes), instance.interruptions_per_h * training.nodes
     spot = interrupted(hours=hours, interval_s=training.checkpoint.every_steps * step_s, save=save, rate_per_h=rate)
-    best_s = min(best_interval_s(save=save, mean_between_s=3600 / rate), hours * 3600)
+    mean_s = 3600 / rate if rate else inf
+    best_s = min(best_interval_s(save=save, mean_between_s=mean_s), hours * 3600)
     per_h = None if instance.price is None else instance.price * training.nodes
     on_demand = None if per_h is None else per_h * hours
     ends = isfinite(spot.hours)

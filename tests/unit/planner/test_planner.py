@@ -1,6 +1,7 @@
 """Estimates follow the formulas they name, and move the right way."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -128,10 +129,46 @@ def test_users_catalogue_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.M
         _tables.cache_clear()
 
 
+ROW = '[instance.box]\ncloud = "local"\ngpus = 0\ncpus = 8\nmemory_gib = 32\nnetwork_gbps = 10\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("[instance", "is no TOML"),
+        ("[instance]\nbox = 3\n", r"must hold tables, as \[instance.NAME\]"),
+        ("[instance.box]\ncloud = 'local'\n", r"\[instance.box\] of the catalogue has no right `gpus`"),
+        (ROW + "colour = 'red'\n", "no right `colour`"),
+        (ROW.replace("cpus = 8", "cpus = 0"), "no right `cpus`"),
+        (ROW.replace("memory_gib = 32", "memory_gib = nan"), "no right `memory_gib`"),
+        (ROW.replace('"local"', "5"), "no right `cloud`"),
+    ],
+)
+def test_a_users_catalogue_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, says: str
+) -> None:
+    from infra.catalog import _tables
+
+    file = tmp_path / "mine.toml"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("SLIPWAY_CATALOG", str(file))
+    _tables.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=says):
+            instances()
+    finally:
+        _tables.cache_clear()
+
+
 def test_a_config_json_is_read_in_the_names_of_its_family() -> None:
     gpt2 = Shape.from_config({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257})
     assert (gpt2.ffn, gpt2.gated, gpt2.tied) == (3072, False, True)
     assert gpt2.parameters == pytest.approx(124.4e6, rel=0.01)
+
+
+TINY: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 9}
 
 
 @pytest.mark.parametrize(
@@ -148,9 +185,20 @@ def test_a_config_json_is_read_in_the_names_of_its_family() -> None:
             },
             "tok",
         ),
+        (
+            TINY | {"hidden_size": "x"},
+            "`hidden_size` of config.json must be a whole number from 1 to 16777216, and it is 'x'",
+        ),
+        (TINY | {"hidden_size": 0}, "and it is 0"),
+        (TINY | {"num_attention_heads": -4}, "and it is -4"),
+        (TINY | {"num_hidden_layers": float("nan")}, "and it is nan"),
+        (TINY | {"vocab_size": 1e300}, "and it is 1e"),
+        (TINY | {"num_attention_heads": 128}, "128 heads are more than hidden_size 64"),
+        (TINY | {"kv_lora_rank": 4}, "no `qk_rope_head_dim`"),
+        (TINY | {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": 5}, "must be a list, and it is 5"),
     ],
 )
-def test_a_config_json_that_is_no_decoder_is_refused(config: dict[str, int], says: str) -> None:
+def test_a_config_json_that_is_no_decoder_is_refused(config: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Shape.from_config(config)
 
