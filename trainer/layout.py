@@ -109,24 +109,15 @@ def _fit_pipeline(config: TrainConfig, *, grad_accum: int) -> None:
         )
 
 
-def fit_dataset(config: TrainConfig, *, vocab_size: int, documents: bool) -> None:
-    """Tensor ranks share the vocabulary evenly, and attention within `documents` needs whole sequences on one rank.
-
-    Raises Refused when they cannot.
-    """
-    tp, cp = config.parallelism.tp, config.parallelism.cp
+def fit_dataset(config: TrainConfig, *, vocab_size: int) -> None:
+    """Tensor ranks share the vocabulary evenly. Raises Refused when they cannot."""
+    tp = config.parallelism.tp
     if vocab_size % tp:
         raise Refused(
             f"the dataset's vocabulary of {vocab_size} does not divide by tp {tp}",
             where="parallelism.tp",
             fix=f"Make the dataset with vocab_size {-(-vocab_size // tp) * tp}, or set tp to "
             f"{_largest_divisor(vocab_size, at_most=tp)}.",
-        )
-    if documents and cp > 1:
-        raise Refused(
-            f"attention that stays within documents is not split over cp {cp}",
-            where="parallelism.cp",
-            fix="Set cp to 1, with dp_shard or tp in its place, or train on a text without document_mask.",
         )
 
 

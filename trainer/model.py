@@ -46,10 +46,13 @@ def turn(x_BHLW: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> Tensor:
     return (x_BHLW * cos_LW + x_BHLW.roll(x_BHLW.shape[-1] // 2, -1) * sin_LW).to(x_BHLW.dtype)
 
 
-def same_document(documents_BL: Tensor) -> Tensor:
-    """Who may look at whom, (B, 1, L, L): a position sees itself and what came before it in its own document."""
-    same_BLL = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
-    return same_BLL.tril_().unsqueeze(1)
+class SameDocument(nn.Module):
+    """Who may look at whom; no parameters."""
+
+    def forward(self, documents_BL: Tensor) -> Tensor:
+        """(B, 1, L, L), true where a position sees: itself and what came before it in its own document."""
+        same_BLL = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
+        return same_BLL.tril_().unsqueeze(1)
 
 
 class RMSNorm(nn.Module):
@@ -155,6 +158,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.sight = SameDocument()
         cos_LW, sin_LW = rope_tables(config)
         self.cos_LW: Tensor
         self.sin_LW: Tensor
@@ -162,7 +166,7 @@ class Backbone(nn.Module):
         self.register_buffer("sin_LW", sin_LW, persistent=False)
 
     def forward(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
-        mask_B1LL = None if documents_BL is None else same_document(documents_BL)
+        mask_B1LL = None if documents_BL is None else self.sight(documents_BL)
         x_BLD = self.embed_tokens(tokens_BL)
         for layer in self.layers:
             x_BLD = layer(x_BLD, self.cos_LW, self.sin_LW, mask_B1LL)

@@ -9,29 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
 from trainer.errors import Failed, Interrupted, StopSignal
-from trainer.export import Read, export_package
-from trainer.files import digest_of, read_json
-from trainer.history import History
+from trainer.files import digest_of
+from trainer.finish import finish, finished
+from trainer.kernels.decoder import why_not
 from trainer.launches import MeetingSgd, which_replica
 from trainer.layout import Layout, fit_dataset, layout_of
 from trainer.local_sgd import LocalSgd, trained
 from trainer.log import Log
-from trainer.model import Decoder
 from trainer.optim import learning_rate, make_optimizer
-from trainer.package import Origin, begin_from, make_decoder
-from trainer.parallel import Laid, Ranks, join_ranks, lay_out
+from trainer.package import Origin, begin_from
+from trainer.parallel import Ranks, join_ranks, lay_out
 from trainer.parallel.memory import plain_name
 from trainer.probe import Probe
 from trainer.progress import Progress, Remaining
-from trainer.provenance import hardware, source_revision
 from trainer.reports import Reports
-from trainer.state import load_weights
 from trainer.step import BadStep, computes_in_bfloat16, make_deterministic, train_step
 from trainer.storage import Storage
 from trainer.traffic import Traffic
@@ -63,15 +59,17 @@ def train(
     log = Log(rank=int(os.environ.get("RANK", "0")))
     layout = layout_of(config, world=int(os.environ.get("WORLD_SIZE", "1")))  # refused before any rank is waited for
     dataset = Dataset.open(data)
-    fit_dataset(config, vocab_size=dataset.vocab_size, documents=config.document_mask or dataset.task != "text")
+    fit_dataset(config, vocab_size=dataset.vocab_size)
     origin = Origin.of(base, dataset=dataset, lora=config.lora is not None)
-    skipped = _finished(config, dataset, run, origin)
+    skipped = finished(config, dataset, run, origin)
     if not skipped:
         make_deterministic(config.seed)
         run.mkdir(parents=True, exist_ok=True)
         storage = Storage(checkpoints or str(run / "checkpoints"))
         for path in earlier_hangs(run):
             log.emit("hung", level="warning", message=f"an earlier start hung, and {path} says where")
+        if not torch.cuda.is_available() and (reason := why_not()):
+            log.emit("slow_kernels", level="warning", message=f"torch alone computes: {reason}")
         with Watchdog(run, rank=int(os.environ.get("RANK", "0")), timeout_s=config.recover.hang_timeout_s) as watchdog:
             parts = {"origin": origin, "storage": storage, "stop": stop, "log": log, "watchdog": watchdog}
             _train_together(config, dataset, run, layout, on_step=on_step, **parts)
@@ -90,7 +88,10 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
     ranks = join_ranks(layout, independent_replicas=together, launch=launch, timeout_s=patience_s)
     try:
         with Probe(run, rank=ranks.rank, device=ranks.device, log=more["log"]) as probe:
-            _train(config, dataset, run, ranks=ranks, probe=probe, **more)
+            training = _Training(config, dataset, run, ranks=ranks, probe=probe, **more)
+            training.resume()
+            training.steps()
+            training.finish()
     except RuntimeError as error:
         if isinstance(error, Failed) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
@@ -100,120 +101,166 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
         ranks.leave()
 
 
-def _train(
-    config: TrainConfig,
-    dataset: Dataset,
-    run: Path,
-    *,
-    ranks: Ranks,
-    origin: Origin,
-    storage: Storage,
-    stop: StopSignal,
-    log: Log,
-    watchdog: Watchdog,
-    probe: Probe,
-    on_step: OnStep | None,
-) -> None:
-    low_precision = computes_in_bfloat16(config.dtype, ranks.device)
-    labels = None if dataset.labels is None else len(dataset.labels)
-    laid = lay_out(config, vocab_size=dataset.vocab_size, ranks=ranks, low_precision=low_precision, labels=labels)
-    if origin.package is not None:
-        begin_from(laid.parts, origin.package, plain_name=plain_name)
-    optimizer = make_optimizer(laid.module, config.optim)
-    cursor = Cursor.of(
-        dataset,
-        seq=config.seq,
-        global_batch=config.global_batch,
-        seed=config.seed,
-        document_mask=config.document_mask,
-    )
-    made_of = {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2}
-    # Replicas that train apart have each a state of its own.
-    apart = {"replicas": ranks.replicas, "launch": ranks.launch} if config.local_sgd else {}
-    identity = digest_of({**made_of, **apart})
-    checkpoints = Checkpoints(storage, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
-    outputs = dataset.vocab_size if labels is None else labels
-    reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=cursor, log=log)
-    traffic = Traffic(every_steps=config.look_at_traffic_every_steps, registry=reports.metrics.registry, log=log)
-    made_of |= {"layout": asdict(ranks.layout)} if ranks.layout else {}
-    outer = _outer_of(config, laid, optimizer, ranks=ranks, made_of=made_of, watchdog=watchdog, log=log)
+class _Training:
+    """A run on one rank: `resume`, `steps` and `finish`, in this order."""
 
-    def more() -> dict[str, Any]:
-        return outer.state() if outer else {}
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        run: Path,
+        *,
+        ranks: Ranks,
+        origin: Origin,
+        storage: Storage,
+        stop: StopSignal,
+        log: Log,
+        watchdog: Watchdog,
+        probe: Probe,
+        on_step: OnStep | None,
+    ) -> None:
+        self._config, self._dataset, self._run, self._ranks, self._origin = config, dataset, run, ranks, origin
+        self._storage, self._stop, self._log, self._watchdog = storage, stop, log, watchdog
+        self._probe, self._on_step = probe, on_step
+        low_precision = computes_in_bfloat16(config.dtype, ranks.device)
+        vocab_size, labels = dataset.vocab_size, None if dataset.labels is None else len(dataset.labels)
+        self._laid = lay_out(config, vocab_size=vocab_size, ranks=ranks, low_precision=low_precision, labels=labels)
+        if origin.package is not None:
+            begin_from(self._laid.parts, origin.package, plain_name=plain_name)
+        self._optimizer = make_optimizer(self._laid.module, config.optim)
+        draws = {"seq": config.seq, "global_batch": config.global_batch, "seed": config.seed}
+        self._cursor = Cursor.of(dataset, **draws, document_mask=config.document_mask)
+        made_of = {"config": config.run_digest(), "data": dataset.digest, **origin.identity, "format": 2}
+        # Replicas that train apart have each a state of its own.
+        apart = {"replicas": ranks.replicas, "launch": ranks.launch} if config.local_sgd else {}
+        identity = digest_of({**made_of, **apart})
+        self._checkpoints = Checkpoints(storage, config=config.checkpoint, identity=identity, ranks=ranks, log=log)
+        outputs = vocab_size if labels is None else labels
+        self._reports = Reports(config, run, ranks=ranks, outputs=outputs, cursor=self._cursor, log=log)
+        registry = self._reports.metrics.registry
+        self._traffic = Traffic(every_steps=config.look_at_traffic_every_steps, registry=registry, log=log)
+        self._outer = self._averaging({**made_of, "layout": asdict(ranks.layout)} if ranks.layout else made_of)
+        self._progress, self._skips = Progress(), 0
 
-    progress = checkpoints.load_newest(laid.parts, optimizer, **more()) or Progress()
-    if progress.step:
-        log.emit("resumed", stage="train", step=progress.step)
-    if outer:
-        progress.step = outer.join(progress.step)
-    reports.begin(progress.step)
-    skips = 0
+    def _averaging(self, made_of: dict[str, Any]) -> LocalSgd | None:
+        """Of replicas that train apart; those that are launches of their own meet if they are made of the same."""
+        local = self._config.local_sgd
+        if local is None or local.launches is None:
+            return LocalSgd.of(local, self._laid.parts, self._ranks)
+        return MeetingSgd(
+            trained(self._laid.parts),
+            optimizer=self._optimizer,
+            config=local,
+            purpose=digest_of(made_of),
+            ranks=self._ranks,
+            watchdog=self._watchdog,
+            timeout_s=self._config.recover.hang_timeout_s,
+            log=self._log,
+        )
 
-    first = progress.step
-    while progress.step < config.steps:
-        watchdog.beat(patience=STARTING if progress.step == first else 1.0)
-        if on_step is not None:
-            on_step(progress.step, ranks)
-        probe.before_step(progress.step)
-        step_began_s = time.monotonic()
+    def _more(self) -> dict[str, Any]:
+        """What a checkpoint has beside weights and moments."""
+        return self._outer.state() if self._outer else {}
+
+    def resume(self) -> None:
+        """From the newest checkpoint, where there is one, and from where the other replicas are."""
+        found = self._checkpoints.load_newest(self._laid.parts, self._optimizer, **self._more())
+        self._progress = found or self._progress
+        if self._progress.step:
+            self._log.emit("resumed", stage="train", step=self._progress.step)
+        if self._outer:
+            self._progress.step = self._outer.join(self._progress.step)
+        self._reports.begin(self._progress.step)
+
+    def steps(self) -> None:
+        """All that are left. Raises Interrupted between two of them, with the state on disk."""
+        first = self._progress.step
+        while self._progress.step < self._config.steps:
+            self._watchdog.beat(patience=STARTING if self._progress.step == first else 1.0)
+            if self._on_step is not None:
+                self._on_step(self._progress.step, self._ranks)
+            self._probe.before_step(self._progress.step)
+            try:
+                stopping = self._step()
+            except BadStep as error:
+                self._go_back(error)
+                continue
+            done = self._progress.step
+            self._save(last=stopping or done == self._config.steps)
+            if stopping and done < self._config.steps:
+                raise Interrupted(f"stopped after step {done} of {self._config.steps}; the checkpoint is written")
+
+    def _step(self) -> bool:
+        """One step, told in the reports; returns whether to stop after it."""
+        config, progress, began_s = self._config, self._progress, time.monotonic()
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
-        try:
-            with traffic.look(progress.step):
-                loss, norm, stopping = train_step(
-                    progress.step,
-                    config,
-                    model=laid.run,
-                    optimizer=optimizer,
-                    cursor=Remaining(cursor, progress),
-                    lr=lr,
-                    ranks=ranks,
-                    stop=stop,
-                    most=_most_bearable(config, progress),
-                )
-                done = progress.step + 1
-                if outer:
-                    done = outer.after_step(done) if done < config.steps else outer.finish(done)
-        except BadStep as error:
-            skips += 1
-            if config.recover.bad_step == "stop" or skips > config.recover.max_skips:
-                raise
-            progress = _go_back(progress, checkpoints, laid, optimizer, **more())
-            log.emit("went_back", level="warning", step=progress.step, skipped=progress.skipped, message=str(error))
-            reports.begin(progress.step)
-            continue
+        with self._traffic.look(progress.step):
+            loss, norm, stopping = train_step(
+                progress.step,
+                config,
+                model=self._laid.run,
+                optimizer=self._optimizer,
+                cursor=Remaining(self._cursor, progress),
+                lr=lr,
+                ranks=self._ranks,
+                stop=self._stop,
+                most=_most_bearable(config, progress),
+            )
+            done = progress.step + 1
+            if self._outer:
+                done = self._outer.after_step(done) if done < config.steps else self._outer.finish(done)
         progress.advance(loss, step=done)
-        reports.step_done(done, loss=loss, lr=lr, grad_norm=norm, seconds=time.monotonic() - step_began_s)
+        self._reports.step_done(done, loss=loss, lr=lr, grad_norm=norm, seconds=time.monotonic() - began_s)
+        return stopping
 
-        last = stopping or done == config.steps
-        if last or done % config.checkpoint.every_steps == 0:
-            watchdog.beat(patience=4)
-            checkpoints.save(progress, laid.parts, optimizer, **more())
+    def _save(self, *, last: bool) -> None:
+        """A checkpoint where one is due; the last is waited for."""
+        if last or self._progress.step % self._config.checkpoint.every_steps == 0:
+            self._watchdog.beat(patience=4)
+            self._checkpoints.save(self._progress, self._laid.parts, self._optimizer, **self._more())
         if last:
-            checkpoints.wait()
-        if last and outer:
-            outer.leave()
-        checkpoints.poll()
-        reports.checkpointed(checkpoints.saved_step, seconds=checkpoints.seconds)
-        if stopping and done < config.steps:
-            raise Interrupted(f"stopped after step {done} of {config.steps}; the checkpoint is written")
+            self._checkpoints.wait()
+        if last and self._outer:
+            self._outer.leave()
+        self._checkpoints.poll()
+        self._reports.checkpointed(self._checkpoints.saved_step, seconds=self._checkpoints.seconds)
 
-    reports.close()
-    watchdog.beat(patience=4)
-    if ranks.first:
-        model, read = _whole_model(config, dataset, laid, storage.url(config.steps), ranks=ranks)
-        _finish(config, dataset, run, model=model, read=read, origin=origin, history=reports.history)
-    ranks.barrier()
+    def _go_back(self, error: BadStep) -> None:
+        """To the newest checkpoint, with the batch of the bad step left out from now on; or raises the error again.
 
+        Before the first checkpoint only the batch is left out: the bad step was not made.
+        """
+        self._skips += 1
+        if self._config.recover.bad_step == "stop" or self._skips > self._config.recover.max_skips:
+            raise error
+        bad, skipped = self._progress.batch_of(self._progress.step), self._progress.skipped
+        self._optimizer.zero_grad()
+        self._checkpoints.wait()
+        found = self._checkpoints.load_newest(self._laid.parts, self._optimizer, **self._more())
+        self._progress = found or self._progress
+        self._progress.skipped = sorted({*self._progress.skipped, *skipped, bad})
+        step, skipped = self._progress.step, self._progress.skipped
+        self._log.emit("went_back", level="warning", step=step, skipped=skipped, message=str(error))
+        self._reports.begin(step)
 
-def _outer_of(
-    config: TrainConfig, laid: Laid, optimizer: torch.optim.Optimizer, *, made_of: dict[str, Any], **more: Any
-) -> LocalSgd | None:
-    """What averages replicas that train apart; those that are launches of their own meet if they are made of the same."""
-    if config.local_sgd is None or config.local_sgd.launches is None:
-        return LocalSgd.of(config.local_sgd, laid.parts, more["ranks"])
-    timeout_s, purpose = config.recover.hang_timeout_s, digest_of(made_of)
-    more |= {"optimizer": optimizer, "config": config.local_sgd, "purpose": purpose, "timeout_s": timeout_s}
-    return MeetingSgd(trained(laid.parts), **more)
+    def finish(self) -> None:
+        """Plots and package, by the first rank."""
+        self._reports.close()
+        self._watchdog.beat(patience=4)
+        if self._ranks.first:
+            checkpoint = self._storage.url(self._config.steps)
+            rows = self._reports.history.rows()
+            finish(
+                self._config,
+                self._dataset,
+                self._run,
+                self._laid,
+                checkpoint,
+                ranks=self._ranks,
+                origin=self._origin,
+                rows=rows,
+            )
+        self._ranks.barrier()
 
 
 def _most_bearable(config: TrainConfig, progress: Progress) -> float:
@@ -221,84 +268,3 @@ def _most_bearable(config: TrainConfig, progress: Progress) -> float:
     if config.recover.spike_factor is None or progress.loss_mean is None or progress.step < config.optim.warmup_steps:
         return math.inf
     return config.recover.spike_factor * progress.loss_mean
-
-
-def _go_back(
-    progress: Progress, checkpoints: Checkpoints, laid: Laid, optimizer: torch.optim.Optimizer, **more: Any
-) -> Progress:
-    """The state of the newest checkpoint, with the batch of the bad step left out from now on.
-
-    Before the first checkpoint only the batch is left out: the bad step was not made.
-    """
-    bad = progress.batch_of(progress.step)
-    optimizer.zero_grad()
-    checkpoints.wait()
-    earlier = checkpoints.load_newest(laid.parts, optimizer, **more) or progress
-    earlier.skipped = sorted({*earlier.skipped, *progress.skipped, bad})
-    return earlier
-
-
-def _finished(config: TrainConfig, dataset: Dataset, run: Path, origin: Origin) -> bool:
-    """The package appears whole or not at all, and says what it was made from."""
-    wanted = {"config_digest": config.run_digest(), "data_digest": dataset.digest, **origin.identity}
-    provenance = read_json(run / "model" / "slipway.json")
-    return provenance is not None and all(provenance.get(name) == digest for name, digest in wanted.items())
-
-
-def _whole_model(
-    config: TrainConfig, dataset: Dataset, laid: Laid, checkpoint: str, *, ranks: Ranks
-) -> tuple[Decoder, Read | None]:
-    """The model as it lies on this rank, or where ranks share it its shape, and how to read its last checkpoint."""
-    if ranks.mesh is None:
-        return laid.parts[0], None
-    labels = None if dataset.labels is None else len(dataset.labels)
-    with torch.device("meta"):
-        model = make_decoder(config, vocab_size=dataset.vocab_size, labels=labels)
-    shapes, replica = dict(model.named_parameters()), 0 if ranks.independent_replicas else None
-
-    def read(names: list[str]) -> dict[str, Tensor]:
-        weights = {name: torch.empty(shapes[name].shape) for name in names}
-        load_weights(weights, checkpoint, replica=replica)
-        return weights
-
-    return model, read
-
-
-def _finish(
-    config: TrainConfig,
-    dataset: Dataset,
-    run: Path,
-    *,
-    model: Decoder,
-    read: Read | None,
-    origin: Origin,
-    history: History,
-) -> None:
-    from trainer.plot import (  # matplotlib takes a second to load, and a resumed run may never come here
-        plot_cost,
-        plot_loss,
-    )
-
-    rows = history.rows()
-    plot_loss(
-        rows, run / "loss.png", title=f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end"
-    )
-    plot_cost(rows, run / "cost.png", title="Speed, and where time and memory went")
-    export_package(
-        model,
-        dataset,
-        run / "model",
-        provenance={
-            "config_digest": config.run_digest(),
-            "data_digest": dataset.digest,
-            **origin.identity,
-            "source_revision": source_revision(),
-            "steps": config.steps,
-            "tokens": config.steps * config.global_batch * config.seq,
-            "losses": {"first": rows[0]["loss"], "final": rows[-1]["loss"]},
-            "hardware": hardware(),
-        },
-        lora=config.lora,
-        base=origin.package,
-        read=read,
-    )

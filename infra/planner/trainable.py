@@ -12,7 +12,6 @@ def obstacle(layout: Layout, training: Training) -> str | None:
     pieces = (2 * cp if cp > 1 else 1) * tp
     replicas = layout.dp * training.launches
     micro_batches = training.global_batch // (training.micro_batch * layout.batch_ranks * training.launches)
-    documents = training.document_mask or training.data.task.kind != "text"
     reasons = {
         f"tp {tp} does not divide {' and '.join(uneven)}": bool(uneven),
         f"seq {training.seq} does not divide into the {pieces} pieces of cp {cp} and tp {tp}": training.seq % pieces
@@ -20,7 +19,6 @@ def obstacle(layout: Layout, training: Training) -> str | None:
         f"a pipeline of {pp} stages needs as many micro-batches a step, and has {micro_batches}": pp
         > micro_batches
         > 0,
-        f"attention that stays within documents is not split over cp {cp}": documents and cp > 1,
         f"adapters are not split over tp {tp}": training.lora is not None and tp > 1,
         f"local_sgd averages replicas, and there is {replicas}": training.local_sgd is not None and replicas < 2,
     }

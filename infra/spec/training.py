@@ -179,15 +179,9 @@ class Training(Spec):
     @model_validator(mode="after")
     def _can_be_spread(self) -> Self:
         if isinstance(self.parallelism, Parallelism):
-            tp, cp = self.parallelism.tp, self.parallelism.cp
+            tp = self.parallelism.tp
             if self.lora and tp > 1:
                 raise Misplaced(f"adapters are not split over tp {tp}; shard with fsdp instead", "parallelism", "tp")
-            if (self.document_mask or self.data.task.kind != "text") and cp > 1:
-                raise Misplaced(
-                    f"attention that stays within documents is not split over cp {cp}; use fsdp or tp",
-                    "parallelism",
-                    "cp",
-                )
         if self.nodes % self.launches:
             near = [n * self.launches for n in (self.nodes_of_launch, self.nodes_of_launch + 1) if n]
             raise Misplaced(

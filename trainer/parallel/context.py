@@ -13,7 +13,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
-from trainer.model import Block, Decoder
+from trainer.model import Block, Decoder, SameDocument
 
 
 def own_positions(seq: int, *, rank: int, cp: int) -> Tensor:
@@ -29,30 +29,39 @@ class GatheredAttention(nn.Module):
         super().__init__()
         self._group, self._rank, self._cp = group, rank, cp
 
-    def forward(self, q_BHLW: Tensor, k_BKLW: Tensor, v_BKLW: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        assert mask_B1LL is None, "layout_of refuses masks of documents"
+    def forward(self, q_BHLW: Tensor, k_BKLW: Tensor, v_BKLW: Tensor, mask_B1LM: Tensor | None) -> Tensor:
+        """The mask has this rank's L positions down, and all M across."""
         # (cp, 2, B, K, L, W): the gathered dimension is the first, and its halves are the two pieces of each rank.
         own = torch.stack([k_BKLW, v_BKLW]).unsqueeze(0)
         every = all_gather_tensor_autograd(own.contiguous(), gather_dim=0, group=self._group)
         early, late = every.chunk(2, dim=-2)
         k_BKLW, v_BKLW = torch.cat([*early.unbind(0), *late.flip(0).unbind(0)], dim=-2).unbind(0)
         piece = q_BHLW.shape[-2] // 2
-        first, second = q_BHLW.split(piece, dim=-2)
         ends = ((self._rank + 1) * piece, (2 * self._cp - self._rank) * piece)
+        masks = (None, None) if mask_B1LM is None else mask_B1LM.split(piece, dim=-2)
+        pieces = zip(q_BHLW.split(piece, dim=-2), ends, masks, strict=True)
         return torch.cat(
-            [
-                _attend(q, k_BKLW[..., :end, :], v_BKLW[..., :end, :])
-                for q, end in zip((first, second), ends, strict=True)
-            ],
-            dim=-2,
+            [_attend(q, k_BKLW[..., :end, :], v_BKLW[..., :end, :], mask) for q, end, mask in pieces], dim=-2
         )
 
 
-def _attend(q_BHLW: Tensor, k_BKMW: Tensor, v_BKMW: Tensor) -> Tensor:
-    """The last query sees every key, the one before it all but the last key, and so on."""
-    grouped = q_BHLW.shape[1] != k_BKMW.shape[1]
-    mask = causal_lower_right(q_BHLW.shape[-2], k_BKMW.shape[-2])
+def _attend(q_BHLW: Tensor, k_BKMW: Tensor, v_BKMW: Tensor, mask_B1LM: Tensor | None) -> Tensor:
+    """Without a mask the last query sees every key, the one before it all but the last key, and so on."""
+    grouped, seen = q_BHLW.shape[1] != k_BKMW.shape[1], k_BKMW.shape[-2]
+    mask = causal_lower_right(q_BHLW.shape[-2], seen) if mask_B1LM is None else mask_B1LM[..., :seen]
     return F.scaled_dot_product_attention(q_BHLW, k_BKMW, v_BKMW, attn_mask=mask, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
+
+
+class OwnSight(SameDocument):
+    """The rows of this rank's positions; every rank knows the documents of whole sequences."""
+
+    def __init__(self, own_L: Tensor) -> None:
+        super().__init__()
+        self._own_L = own_L
+
+    def forward(self, documents_BM: Tensor) -> Tensor:
+        """(B, 1, L, M)."""
+        return super().forward(documents_BM)[:, :, self._own_L]
 
 
 def apply_context_parallel(decoder: Decoder, mesh: DeviceMesh, *, seq: int) -> None:
@@ -63,3 +72,4 @@ def apply_context_parallel(decoder: Decoder, mesh: DeviceMesh, *, seq: int) -> N
             layer.self_attn.register_module("attend", GatheredAttention(mesh.get_group(), rank=rank, cp=cp))
     own = own_positions(seq, rank=rank, cp=cp).to(decoder.model.cos_LW.device)
     decoder.model.cos_LW, decoder.model.sin_LW = decoder.model.cos_LW[own], decoder.model.sin_LW[own]
+    decoder.model.sight = OwnSight(own)

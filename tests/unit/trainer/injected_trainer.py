@@ -1,19 +1,23 @@
-"""The trainer with faults at given steps: one rank of torchrun, `injected_trainer.py EVENTS MARKS <the trainer's words>`.
+"""The trainer with faults at given steps, under torchrun.
 
-EVENTS is a JSON list of `{"step", "rank", "do"}`; each happens once, however often the run is started again.
+An event is `{"step", "rank", "do"}`; each happens once, however often the run is started again.
 """
 
-import json
 import os
 import resource
 import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
-from trainer.command import read_command
+import torch
+from replicas_of_trainer import fork
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from trainer.config import TrainConfig
-from trainer.errors import StopSignal, run_program
+from trainer.errors import StopSignal
 from trainer.parallel import Ranks
 from trainer.train import train
 
@@ -23,6 +27,7 @@ class EventInjector:
 
     def __init__(self, events: list[dict], *, marks: Path, run: Path) -> None:
         self._events, self._marks, self._run = events, marks, run
+        self._of_the_agent = set(os.listdir("/proc/self/fd"))  # a fork has its connections too
 
     def __call__(self, done: int, ranks: Ranks) -> None:
         for number, event in enumerate(self._events):
@@ -49,7 +54,7 @@ class EventInjector:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 
     def cut_network(self) -> None:
-        for name in os.listdir("/proc/self/fd"):
+        for name in set(os.listdir("/proc/self/fd")) - self._of_the_agent:
             try:
                 with socket.socket(fileno=os.dup(int(name))) as connection:
                     connection.shutdown(socket.SHUT_RDWR)
@@ -57,14 +62,18 @@ class EventInjector:
                 continue
 
 
-def main(arguments: list[str]) -> None:
-    stop = StopSignal()
-    stop.listen()
-    events, marks, *words = arguments
-    config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=words)
-    run = Path(places["run"])
-    injector = EventInjector(json.loads(events), marks=Path(marks), run=run)
-    train(config, data=Path(places["data"]), run=run, stop=stop, on_step=injector)
+def injected_rank(config: TrainConfig, data: Path, run: Path, marks: Path, events: list[dict]) -> None:
+    """One rank, as torchrun starts it."""
+    torch.set_num_threads(1)
+    train(config, data=data, run=run, stop=StopSignal(), on_step=EventInjector(events, marks=marks, run=run))
 
 
-run_program(main)
+def launch_two(said: Path, *arguments: Any) -> int:
+    """The exit code of torchrun's own agent with two such ranks, which it starts again when one ends badly.
+
+    Its ranks are forked: each start would else import for seconds what is here already.
+    """
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid4().hex}
+    config = LaunchConfig(1, 1, 2, max_restarts=7, start_method="fork", **rendezvous)
+    pid = fork(lambda: elastic_launch(config, injected_rank)(*arguments), said=said)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,13 +1,11 @@
 """Many layouts in one group of processes: starting processes takes longer than all of their steps.
 
-`python layouts_of_trainer.py WORLD OUT LAYOUTS.json` trains a few steps in each layout on WORLD gloo ranks and writes
-the losses and norms that rank 0 saw, or the error that it met, to OUT/found-WORLD.json. `test` of a layout says which
-checkpoint to begin from and when to save one: `{"load": NAME, "save_at": STEP, "optimizer": "sgd"}`.
+`run_layouts` trains a few steps in each layout on as many gloo ranks and returns the losses and norms that rank 0 saw.
+`test` of a layout says which checkpoint to begin from and when to save one: `{"load": NAME, "save_at": STEP,
+"optimizer": "sgd"}`.
 """
 
 import json
-import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,24 +125,20 @@ def run_rank(rank: int, world: int, out: str, layouts: dict[str, dict[str, Any]]
     for name, more in layouts.items():
         test = more.pop("test", {})
         config = config_of(more)
-        try:
-            layout, apart = layout_of(config, world=world), config.local_sgd is not None
-            ranks = place(layout, rank=rank, device=torch.device("cpu"), independent_replicas=apart)
-            found[name] = curve(config, ranks, directory, name=name, test=test)
-        except Exception:
-            found[name] = f"rank {rank}: {traceback.format_exc()}"
-            if rank == 0:
-                (directory / f"found-{world}.json").write_text(json.dumps(found))
-            raise
+        layout, apart = layout_of(config, world=world), config.local_sgd is not None
+        ranks = place(layout, rank=rank, device=torch.device("cpu"), independent_replicas=apart)
+        found[name] = curve(config, ranks, directory, name=name, test=test)
     if rank == 0:
         (directory / f"found-{world}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    world, out, layouts = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    Path(out).mkdir(parents=True, exist_ok=True)
-    cursor_of(Path(out), config_of({}))
-    # Forked, the ranks share the seconds that imports take; nothing here has started a thread.
-    torch.multiprocessing.start_processes(run_rank, (world, out, layouts), nprocs=world, start_method="fork")  # pyright: ignore[reportPrivateImportUsage]
+def run_layouts(world: int, directory: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `curve` found in each layout, on so many ranks."""
+    cursor_of(directory, config_of({}))
+    # Forked, the ranks share the seconds that imports take.
+    torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        run_rank, (world, str(directory), layouts), nprocs=world, start_method="fork"
+    )
+    return json.loads((directory / f"found-{world}.json").read_text())

@@ -1,13 +1,11 @@
 """Whatever befalls a run, it ends with the bits of an undisturbed one, and only the steps since a checkpoint are done again."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from programs_of_trainer import REPOSITORY, TRAIN, program_environment
+from injected_trainer import launch_two
+from programs_of_trainer import TRAIN
 
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
@@ -25,14 +23,12 @@ FAULTS = [
 CONFIG = {**TRAIN, "steps": 26, "recover": {"hang_timeout_s": 12.0}}
 
 
-def ranks_of_two(dataset: Path, directory: Path, events: list[dict]) -> subprocess.CompletedProcess[str]:
+def ranks_of_two(dataset: Path, directory: Path, events: list[dict]) -> str:
+    """What rank 0 said of a run with these faults, which ended well."""
     (directory / "marks").mkdir(parents=True)
-    (directory / "train.yaml").write_text(yaml.safe_dump(CONFIG))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=7"]
-    script = str(REPOSITORY / "tests" / "unit" / "trainer" / "injected_trainer.py")
-    words = ["--config", str(directory / "train.yaml"), f"data={dataset}", f"run={directory / 'run'}"]
-    command = [sys.executable, *launcher, script, json.dumps(events), str(directory / "marks"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=program_environment(), timeout=400)
+    config, said = TrainConfig.model_validate(CONFIG), directory / "said"
+    assert launch_two(said, config, dataset, directory / "run", directory / "marks", events) == 0, said.read_text()
+    return said.read_text()
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:
@@ -42,16 +38,14 @@ def losses(directory: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_after_every_fault_the_run_ends_as_if_nothing_had_been(dataset, tmp_path):
-    undisturbed = ranks_of_two(dataset, tmp_path / "undisturbed", [])
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    disturbed = ranks_of_two(dataset, tmp_path / "disturbed", FAULTS)
-    assert disturbed.returncode == 0, disturbed.stderr
+    ranks_of_two(dataset, tmp_path / "undisturbed", [])
+    said = ranks_of_two(dataset, tmp_path / "disturbed", FAULTS)
     assert len(list((tmp_path / "disturbed" / "marks").iterdir())) == len(FAULTS)
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "undisturbed")
     weights = [tmp_path / name / "run" / "model" / "model.safetensors" for name in ("disturbed", "undisturbed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
-    events = [json.loads(line) for line in disturbed.stdout.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     resumed = [event["step"] for event in events if event["event"] == "resumed"]
     # The checkpoint of step 12 was corrupted, and that of step 20 could not be written.
     assert resumed[:3] == [4, 8, 8]

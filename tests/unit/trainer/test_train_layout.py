@@ -34,11 +34,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(parallelism, world, more,
         layout_of(config_of(parallelism, **more), world=world)
 
 
-def test_a_dataset_that_tensor_or_context_ranks_cannot_share_is_refused():
+def test_a_dataset_that_tensor_ranks_cannot_share_is_refused():
     with pytest.raises(Refused, match=r"vocabulary of 301 does not divide by tp 2 .*vocab_size 302"):
-        fit_dataset(config_of({"tp": 2}), vocab_size=301, documents=False)
-    with pytest.raises(Refused, match=r"not split over cp 2"):
-        fit_dataset(config_of({"cp": 2}), vocab_size=300, documents=True)
+        fit_dataset(config_of({"tp": 2}), vocab_size=301)
 
 
 @given(

@@ -1,14 +1,9 @@
 """Every layout trains the same model: losses and gradients are those of one process, to rounding."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts_of_trainer import BASE, STEPS
-from programs_of_trainer import REPOSITORY, program_environment
+from layouts_of_trainer import BASE, STEPS, run_layouts
 
 ROUNDED, COARSE = 2e-5, 2e-2
 """Relative tolerances: float32 added up in another order, and bfloat16."""
@@ -52,6 +47,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp as saved by fsdp x tp": {**split(cp=2), "test": {"load": "fsdp x tp, selective"}},
         "pp as saved by fsdp x tp": {**split(pp=2), "test": {"load": "fsdp x tp, selective"}},
         "tied cp as saved by tied pp x fsdp": {**split(cp=2), **TIED, "test": {"load": "tied pp x fsdp"}},
+        "documents, cp": {**split(cp=2), **DOCUMENTS},
         "documents, interleaved pp": {**split(pp=2, pp_schedule="interleaved"), **DOCUMENTS},
         "sgd ddp": {**PLAIN, "test": {"optimizer": "sgd"}},
         "sgd apart, every step": {**PLAIN, "local_sgd": LOCAL, "test": {"optimizer": "sgd"}},
@@ -75,13 +71,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 def found(tmp_path_factory) -> dict[str, Any]:
     """Of every layout the curve and the weights. Four ranks go first: the others load what they saved."""
     out = tmp_path_factory.mktemp("layouts")
-    script = REPOSITORY / "tests" / "unit" / "trainer" / "layouts_of_trainer.py"
     results: dict[str, Any] = {}
     for world, layouts in LAYOUTS.items():
-        command = [sys.executable, str(script), str(world), str(out), json.dumps(layouts)]
-        ended = subprocess.run(command, capture_output=True, text=True, env=program_environment(), timeout=400)
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        results |= json.loads(Path(out / f"found-{world}.json").read_text())
+        results |= run_layouts(world, out, layouts)
     return results
 
 
