@@ -55,13 +55,13 @@ def _attend(q_BHLW: Tensor, k_BKMW: Tensor, v_BKMW: Tensor, mask_B1LM: Tensor | 
 class OwnSight(SameDocument):
     """The rows of this rank's positions; every rank knows the documents of whole sequences."""
 
-    def __init__(self, own_L: Tensor) -> None:
+    def __init__(self, own: Tensor) -> None:
         super().__init__()
-        self._own_L = own_L
+        self._own = own
 
-    def forward(self, documents_BM: Tensor) -> Tensor:
-        """(B, 1, L, M)."""
-        return super().forward(documents_BM)[:, :, self._own_L]
+    def forward(self, documents_BL: Tensor) -> Tensor:
+        """(B, 1, own, L)."""
+        return super().forward(documents_BL)[:, :, self._own]
 
 
 def apply_context_parallel(decoder: Decoder, mesh: DeviceMesh, *, seq: int) -> None:
