@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pulumi
 
-from infra.checks import enforce, enforce_directories
+from infra.checks import Refused, enforce, enforce_directories
 from infra.components import (
     Autoscaler,
     BatchInference,
@@ -23,11 +23,11 @@ from infra.components import (
     TrainingJob,
     args,
 )
-from infra.components.config import runs_here, stack_from_config
+from infra.components.config import runs_here, stack_from_config, stack_path
 from infra.components.images import BuiltImage, Package
 from infra.components.stage import Image
 from infra.planner import plan, to_json
-from infra.spec import Stack
+from infra.spec import Stack, located
 
 
 def declare(stack: Stack) -> None:
@@ -90,8 +90,13 @@ def declare_batches(platform: args.Platform, server: Image) -> None:
     pulumi.export("batches", [batch.job_name for batch in batches])
 
 
+file = stack_path(Path(__file__).parent)
 try:
-    declare(stack_from_config(Path(__file__).parent))
+    with located(file):
+        declare(stack_from_config(Path(__file__).parent))
+except Refused as refused:
+    error = Refused(refused.findings, file=file)
+    raise pulumi.RunError(str(error)) from error
 except ValueError as error:
     # The program's user reads what is wrong with the stack file, and no traceback.
     raise pulumi.RunError(str(error)) from error

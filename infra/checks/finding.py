@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from infra.spec import line_finder
 
 Severity = Literal["error", "warn"]
 Value = str | int | float | bool | tuple[str, ...] | None
@@ -31,8 +34,11 @@ class Finding:
 
 
 class Refused(ValueError):
-    """The stack has findings of severity `error`; nothing may be created."""
+    """The stack has findings of severity `error`; nothing may be created. With its `file` each is told with its line."""
 
-    def __init__(self, findings: tuple[Finding, ...]) -> None:
-        super().__init__("\n".join(str(finding) for finding in findings if finding.severity == "error"))
+    def __init__(self, findings: tuple[Finding, ...], *, file: Path | None = None) -> None:
+        errors = [finding for finding in findings if finding.severity == "error"]
+        line_of = line_finder(file) if file else None
+        places = [f"{file}:{line_of(finding.where)}: " if line_of else "" for finding in errors]
+        super().__init__("\n".join(f"{place}{error}" for place, error in zip(places, errors, strict=True)))
         self.findings = findings

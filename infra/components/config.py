@@ -16,13 +16,19 @@ def stack_from_config(directory: Path) -> Stack:
 
     The engine hands values over by key, so keys that no stack has are looked for in the file.
     """
-    path = directory / f"Pulumi.{pulumi.get_stack()}.yaml"
+    path = stack_path(directory)
     config = pulumi.Config("slipway")
     found = {key: _value(config.get(key)) for key in Stack.model_fields}
     values = {key: value for key, value in found.items() if value is not None}
     if path.is_file():
         values |= {key: value for key, value in read(path).items() if key not in Stack.model_fields}
     return parse(values, path=path)
+
+
+def stack_path(directory: Path) -> Path:
+    """The running program's stack file: the engine's own, in `directory`, or the one that is rendered."""
+    rendered = pulumi.Config(HERE).get("file")
+    return Path(rendered) if rendered else directory / f"Pulumi.{pulumi.get_stack()}.yaml"
 
 
 def runs_here() -> bool:

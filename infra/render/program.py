@@ -14,7 +14,7 @@ from pulumi.runtime import mocks, rpc, settings
 from pulumi.runtime.config import set_all_config
 from pulumi.runtime.stack import run_in_stack
 
-from infra.spec import load, located, read
+from infra.spec import load, read
 
 Json = dict[str, Any]
 PROGRAM = Path(__file__).parents[2] / "stacks"
@@ -39,6 +39,7 @@ def run(stack_file: Path, *, here: bool = False) -> Rendered:
     """The objects that the program declares for `stack_file`. Raises `StackError`, `Refused`, `RenderError`."""
     load(stack_file)  # errors that name this very file, before the program starts
     values = {f"slipway:{key}": json.dumps(value) for key, value in read(stack_file).items()}
+    values["slipway-render:file"] = str(stack_file)
     if here:
         values["slipway-render:here"] = "true"
     stack = stack_file.name.removeprefix("Pulumi.").removesuffix(".yaml")
@@ -47,8 +48,7 @@ def run(stack_file: Path, *, here: bool = False) -> Rendered:
         # One event loop for all: Pulumi's futures belong to the loop that is current when they are made.
         asyncio.run(_run(recorder, stack=stack, config=values))
     except pulumi.RunError as error:
-        with located(stack_file):
-            raise error.__cause__ or error from None
+        raise error.__cause__ or error from None
     manifests = sorted(recorder.manifests, key=_order)
     _refuse_twins(manifests)
     images = sorted(recorder.images, key=lambda image: image["dockerfile"])

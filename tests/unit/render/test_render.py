@@ -87,9 +87,12 @@ def test_a_bad_stack_file_is_named_with_its_line_and_nothing_is_written(tmp_path
 
 
 def test_a_refused_stack_is_not_written(changed: Callable[..., Path], tmp_path: Path) -> None:
+    path = changed("prod", {"training.nodes": 50})
     with pytest.raises(Refused) as refused:
-        render(changed("prod", {"training.nodes": 50}), tmp_path / "out")
+        render(path, tmp_path / "out")
     assert refused.value.findings
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "nodes: 50" in text)
+    assert str(refused.value).startswith(f"{path}:{line}: SLW101 error: training.nodes: ")
     assert not (tmp_path / "out").exists()
     # The process is none the worse for it.
     assert run(ROOT / "stacks" / "Pulumi.local.yaml").manifests
@@ -100,6 +103,10 @@ def test_a_refused_stack_is_not_written(changed: Callable[..., Path], tmp_path: 
     [
         ({"services.0.name": "router"}, "choose another"),
         ({"node_pools.0.capacity": ["on-demand", "spot"]}, "Karpenter takes spot first"),
+        (
+            {"training.parallelism": {"tp": 3}},
+            r"Pulumi.prod.yaml:\d+: slipway:training.parallelism: .* does not divide",
+        ),
     ],
 )
 def test_what_cannot_be_declared_is_one_sentence(
