@@ -5,17 +5,18 @@ and by bytes. An adapter that admitted sequences use stays, and one that is bein
 one that was used least of late makes room for the next. A sequence whose adapter is not here waits, and is passed by.
 """
 
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from serving.engine.background import in_background
 from serving.engine.messages import AdapterRef
 from serving.engine.scheduler import Scheduled
 from serving.errors import Refused
@@ -70,7 +71,7 @@ class Adapters:
         """Begins to read the sequence's adapter, if that is to be done and there is a place for it."""
         ref = seq.adapter
         if ref is not None and not self.here(seq) and ref not in self._coming and self._make_room(ref):
-            self._coming[ref] = self._read(ref)
+            self._coming[ref] = in_background(partial(self._model.read, ref))
 
     def held_up(self, seq: HasAdapter) -> bool:
         """Whether there will be no place for the sequence's adapter until sequences that run have ended."""
@@ -90,15 +91,16 @@ class Adapters:
         self.bring(seq)
         while not self.here(seq):
             assert self._coming, "those who share a step have places together"
-            self.wait(timeout_s=None)
+            wait(self._coming.values(), return_when=FIRST_COMPLETED)
         if ref in self._failed:
             raise self._failed.pop(ref)  # the next who asks for it has it read again
         self._here.move_to_end(ref)
         self._users[ref] += 1
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Returns when an adapter has come, or after so long; at once when none is on its way."""
-        wait(self._coming.values(), timeout_s, FIRST_COMPLETED)
+    @property
+    def coming(self) -> list[Future[Lora]]:
+        """Those that are being read."""
+        return [*self._coming.values()]
 
     def release(self, seq: HasAdapter) -> None:
         if seq.adapter is not None:
@@ -117,18 +119,6 @@ class Adapters:
 
     def __len__(self) -> int:
         return len(self._here)
-
-    def _read(self, ref: AdapterRef) -> "Future[Lora]":
-        future: Future[Lora] = Future()
-
-        def read() -> None:
-            try:
-                future.set_result(self._model.read(ref))
-            except Exception as error:
-                future.set_exception(error)
-
-        threading.Thread(target=read, daemon=True).start()  # a disk that never answers must not keep the engine alive
-        return future
 
     def _take_in(self) -> None:
         for ref, future in [*self._coming.items()]:

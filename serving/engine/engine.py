@@ -5,17 +5,20 @@ import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from serving.engine.background import in_background
 from serving.engine.messages import AdapterRef, Counters, Output, SamplingParams
 from serving.engine.model_runner import Sampled
 from serving.engine.pace import Pace, prompt_work
 from serving.engine.parts import Parts
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
-from serving.engine.structure import Structures
+from serving.engine.structure import Matcher, Structures
 from serving.model.config import ModelConfig
 from serving.pressure import MemoryWatch
 from serving.settings import Settings
@@ -42,6 +45,7 @@ class Engine:
         self.sequences: dict[int, Sequence] = {}
         self._memory = MemoryWatch(settings.min_free_bytes)
         self._refused: list[Output] = []
+        self._forming: dict[int, Future[Matcher]] = {}  # sequences whose structure is being prepared
         self._aborts = 0
 
     @classmethod
@@ -70,20 +74,19 @@ class Engine:
     ) -> None:  # fmt: skip
         """Queues a sequence. One that cannot be answered as it stands is told, by the next step, what is wrong."""
         assert len(prompt_ids) + params.max_tokens <= self.max_model_len
-        try:
-            if params.embed and not self._embeds:
-                raise ValueError("This server's engine has no embeddings")
-            matcher = None if params.structure is None else self.structures.matcher(params.structure)
-        except ValueError as error:
-            self._refused.append(Output(seq_id, str(error), 0, finish_reason="error", queue_s=0.0))
+        if params.embed and not self._embeds:
+            text = "This server's engine has no embeddings"
+            self._refused.append(Output(seq_id, text, 0, finish_reason="error", queue_s=0.0))
             return
         seq = Sequence(
             seq_id, prompt_ids, params,
-            decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant, matcher=matcher,
-            adapter=adapter,
+            decode=self.tokenizer.decode, arrived_s=arrived_s, priority=priority, tenant=tenant, adapter=adapter,
         )  # fmt: skip
         self.sequences[seq_id] = seq
-        self.scheduler.add(seq)
+        if params.structure is None:
+            self.scheduler.add(seq)
+        else:
+            self._forming[seq_id] = in_background(partial(self.structures.matcher, params.structure))
 
     def abort(self, seq_id: int) -> None:
         """Forgets a sequence and frees its blocks; one that has finished already is no error."""
@@ -115,12 +118,13 @@ class Engine:
     def step(self) -> list[Output]:
         begin_s = time.perf_counter()
         refused, self._refused = self._refused, []
+        refused += self._take_formed()
         self.scheduler.short_of_memory = self._memory.look()
         batch = self.scheduler.schedule()
         refused += self._give_up_lost()
         if not batch:
-            if not refused:  # whoever is here waits for an adapter
-                self.adapters.wait(IDLE_S)
+            if not refused:  # whoever is here waits for a structure or an adapter
+                wait([*self._forming.values(), *self.adapters.coming], IDLE_S, FIRST_COMPLETED)
             return refused
         batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
         self.adapters.group(batch)
@@ -138,6 +142,19 @@ class Engine:
         prompts = [item for item in batch if item.seq.num_uncomputed > 1]
         work = sum(prompt_work(item.num_tokens, item.seq.num_computed, look=look) for item in prompts)
         return sum(item.num_tokens for item in batch) - sum(item.num_tokens for item in prompts), work
+
+    def _take_formed(self) -> list[Output]:
+        """Queues the sequences whose structure is ready, and answers those that can have none."""
+        refused = []
+        for seq_id in [seq_id for seq_id, future in self._forming.items() if future.done()]:
+            try:
+                self.sequences[seq_id].matcher = self._forming.pop(seq_id).result()
+            except ValueError as error:
+                del self.sequences[seq_id]
+                refused.append(Output(seq_id, str(error), 0, finish_reason="error", queue_s=0.0))
+            else:
+                self.scheduler.add(self.sequences[seq_id])
+        return refused
 
     def _give_up_lost(self) -> list[Output]:
         """Answers those whose adapter could not be read."""
@@ -160,7 +177,9 @@ class Engine:
         return texts
 
     def _forget(self, seq_id: int) -> None:
-        self.scheduler.remove(self.sequences.pop(seq_id))
+        seq = self.sequences.pop(seq_id)
+        if self._forming.pop(seq_id, None) is None:
+            self.scheduler.remove(seq)
 
     def _postprocess(self, batch: list[Scheduled], sampled: list[list[Sampled]]) -> list[Output]:
         outputs = []

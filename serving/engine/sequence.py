@@ -45,7 +45,6 @@ class Sequence:
         arrived_s: float,
         priority: int = 0,
         tenant: str = "",
-        matcher: "Matcher | None" = None,
         adapter: AdapterRef | None = None,
     ) -> None:
         assert prompt_ids, "an empty prompt has no last token to predict from"
@@ -61,7 +60,8 @@ class Sequence:
         self.queue_s: float | None = None
         self.cached_tokens = 0  # of its prompt, those found in the cache when it was first let in
         self.cumulative_logprob = 0.0
-        self.matcher, self.adapter = matcher, adapter
+        self.matcher: Matcher | None = None
+        self.adapter = adapter
         self.priority, self.tenant = priority, tenant
         self.text = TextStream(decode, params.stop)
         # One stream of chance for each sequence, advanced once a token: whatever else is in the batch, and however

@@ -3,6 +3,7 @@
 The automata are llguidance's, whose limits on states and steps also bound what a hostile expression can cost.
 """
 
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import llguidance
 
 # What one expression may cost at once: nested counts such as (a{1000}){1000} took 4 s with the library's own million,
-# and 0.1 s with this, during which the whole batch waits; lists of forty objects with twenty patterns still pass.
+# and 0.1 s of a thread with this; lists of forty objects with twenty patterns still pass.
 LEXER_FUEL = 50_000
 
 
@@ -50,15 +51,17 @@ class Structures:
     def __init__(self, root: Path, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._root, self._vocab_size, self._eos_ids = root, vocab_size, eos_ids
         self._tokenizer: llguidance.LLTokenizer | None = None  # made at the first use: it takes a while
+        self._lock = threading.Lock()  # one thread makes it, and the others wait
 
     def matcher(self, structure: Structure) -> Matcher:
-        """A matcher at the beginning of `structure`. Raises `ValueError` when there can be none."""
+        """A matcher at the beginning of `structure`; called by a thread. Raises `ValueError` when there can be none."""
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-        if self._tokenizer is None:
-            text = (self._root / "tokenizer.json").read_text(encoding="utf-8")
-            eos = sorted(self._eos_ids) or None
-            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
+        with self._lock:
+            if self._tokenizer is None:
+                text = (self._root / "tokenizer.json").read_text(encoding="utf-8")
+                eos = sorted(self._eos_ids) or None
+                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
         compile_ = {
             # Free space between the parts would let a small model write nothing but space until its tokens run out.
             "json_schema": partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}),
@@ -67,6 +70,7 @@ class Structures:
         }
         limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
         made = Matcher(LLMatcher(self._tokenizer, compile_[structure.kind](structure.text), limits=limits))
+        made.allowed()  # where an automaton is hostile this takes long, and what it costs later builds on it
         if made.error:
             raise ValueError(made.error)
         return made

@@ -1,6 +1,8 @@
 """Whatever shares the batch, the cache or the memory with a sequence, its answer is the same, and no block is lost."""
 
 import itertools
+import os
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_packages import make_package
 
 from serving.engine.engine import Engine
-from serving.engine.messages import Output, SamplingParams, TokenLogprob
+from serving.engine.messages import Output, SamplingParams, Structure, TokenLogprob
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
 from serving.engine.speculation import follow
@@ -172,6 +174,32 @@ def test_no_block_is_lost_and_everyone_is_answered(crowded: Engine, operations: 
     for seq_id, output in outputs.items():
         if output.finish_reason:
             assert output.num_tokens == wanted.get(seq_id, output.num_tokens)
+
+
+def test_preparing_a_structure_holds_up_nobody_else(tmp_path: Path, alone: list[str]) -> None:
+    """Its tokenizer's file is a pipe here, so that preparing takes until somebody writes."""
+    e = engine(make_package(tmp_path / "tiny"))
+    file = tmp_path / "tiny" / "tokenizer.json"
+    content = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    digits = GREEDY._replace(structure=Structure("regex", "[0-9]{3}"), ignore_eos=False)
+    for seq_id, params in ((0, digits), (1, GREEDY), (2, digits._replace(structure=Structure("regex", "([")))):
+        e.add(seq_id, prompts(12)[seq_id], params, arrived_s=0.0)
+        if seq_id == 0:
+            e.step()
+            e.abort(0)
+            e.add(3, prompts(12)[0], digits, arrived_s=0.0)
+    text = ""
+    while 1 in e.sequences:
+        text += "".join(output.text for output in e.step() if output.seq_id == 1)
+    assert text == alone[1]
+    assert sorted(e.sequences) == [2, 3]
+    file.write_bytes(content)
+    outputs = run(e)
+    assert outputs[2][-1].finish_reason == "error"
+    assert re.fullmatch("[0-9]{3}", "".join(output.text for output in outputs[3]))
+    assert e.scheduler.blocks.used_ratio == 0.0
 
 
 def test_stop_strings_end_the_answer_and_take_their_logprobs_along(tiny: Path) -> None:
