@@ -87,9 +87,9 @@ static Panels pack_here(Matrix from, long depth, long columns, float* to) {
     return {to, depth, columns};
 }
 
-// The same on all threads.
+// The same on all threads, where that takes longer than to wake them.
 static Panels pack(Matrix from, long depth, long columns, float* to) {
-#pragma omp parallel for
+#pragma omp parallel for if (depth * columns > 1 << 16)
     for (long column = 0; column < columns; column += WIDTH) pack_panels(from, depth, columns, column, to);
     return {to, depth, columns};
 }
