@@ -30,7 +30,11 @@ LIBRARIES = (
     *("libc", "libdl", "libexpat", "libgcc_s", "libm", "libnss_dns", "libnss_files", "libpthread", "libresolv"),
     *("librt", "libstdc++", "libutil", "libz"),
 )
-FILES = ("/etc/ld.so.conf", "/etc/nsswitch.conf", "/etc/os-release", "/etc/ssl/openssl.cnf", "/usr/lib/ssl")
+FILES = (
+    *("/etc/ld.so.conf", "/etc/nsswitch.conf", "/etc/os-release"),
+    # Where OpenSSL looks for its settings and the authorities.
+    *("/usr/lib/ssl/certs", "/usr/lib/ssl/openssl.cnf"),
+)
 TREES = ("/etc/ld.so.conf.d", "/usr/share/zoneinfo")
 CERTIFICATES = Path("/etc/ssl/certs")
 USER = 65532
@@ -74,9 +78,9 @@ class Root:
         """Files, and links that lead to something."""
         for folder, folders, files in os.walk(top):
             folders[:] = sorted(set(folders) - without)
-            for name in sorted(files):
-                if Path(folder, name).exists():
-                    self.take(Path(folder, name))
+            for path in (Path(folder, name) for name in sorted(files)):
+                if path.exists():
+                    self.take(path)
 
     def write(self, path: str, text: str) -> None:
         self.at(Path(path)).parent.mkdir(parents=True, exist_ok=True)
