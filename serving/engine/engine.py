@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,7 +125,8 @@ class Engine:
         refused += self._give_up_lost()
         if not batch:
             if not refused:  # whoever is here waits for a structure or an adapter
-                wait([*self._forming.values(), *self.adapters.coming], IDLE_S, FIRST_COMPLETED)
+                background: list[Future[Any]] = [*self._forming.values(), *self.adapters.coming]
+                wait(background, IDLE_S, FIRST_COMPLETED)
             return refused
         batch.sort(key=lambda item: (item.num_tokens > 1, -item.seq.num_computed))  # the order that the runner wants
         self.adapters.group(batch)

@@ -125,14 +125,15 @@ def tokens_of(generator: torch.Generator, count: int) -> list[int]:
 
 async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) -> Beside:
     """One stream, while another user sends long prompts one after another; and such prompts with nobody beside them."""
+
+    async def first_token_s() -> float:
+        times = [await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1) for _ in range(LONG_PROMPTS)]
+        return statistics.median(first for (first,) in times)
+
     stream = asyncio.create_task(token_times(port, tokens_of(generator, 32), tokens=STREAMED))
-    long, alone = [], []
-    for found in (long, alone):
-        for _ in range(LONG_PROMPTS):
-            found += await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1)
-        times = await stream
+    beside_s, times, alone_s = await first_token_s(), await stream, await first_token_s()
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Beside(sorted(gaps), statistics.median(long), statistics.median(alone))
+    return Beside(sorted(gaps), beside_s, alone_s)
 
 
 async def first_tokens(port: int, generator: torch.Generator) -> tuple[list[float], list[float]]:
