@@ -22,6 +22,7 @@ def show_plan(plan: Plan, *, stack: str, console: Console) -> None:
     console.print(
         Group(
             _pools(plan),
+            *_elsewhere(plan),
             *_chosen(plan),
             *_training(plan.training),
             *(part for service in plan.services for part in _service(service)),
@@ -112,6 +113,13 @@ def _pools(plan: Plan) -> Table:
         gpus = f"{pool.gpus} {pool.gpu}" if pool.gpu else "none"
         table.add_row(pool.name, pool.instance, f"{pool.nodes[0]} to {pool.nodes[1]}", gpus, price)
     return table
+
+
+def _elsewhere(plan: Plan) -> list[Text]:
+    """Prices of another region than the stack's are said to be that."""
+    region = plan.stack.platform.region
+    lists = dict.fromkeys(pool.price for pool in plan.pools if pool.usd_per_h and region and region not in pool.price)
+    return [Text(f"prices: {of_list}; those of {region} may differ", style="dim") for of_list in lists]
 
 
 def _chosen(plan: Plan) -> list[Text]:

@@ -296,6 +296,14 @@ def test_people_see_latency_spot_and_what_auto_chose(project: Callable[..., Path
     assert "a million output tokens" in written
 
 
+def test_prices_of_another_region_are_said_to_be_that(project: Callable[..., Path]) -> None:
+    project({"region: us-east-1": "region: eu-central-1"})
+    assert "us-east-1, 2026" in slipway().stderr
+    assert "those of eu-central-1 may differ" in slipway().stderr
+    project({})
+    assert "may differ" not in slipway().stderr
+
+
 class Page(HTMLParser):
     """What a page holds; raises on tags that do not match."""
 

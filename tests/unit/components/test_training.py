@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
+from infra.checks import check_manifests
 from infra.spec import StackError
 from trainer.config import TrainConfig
 
@@ -79,6 +81,17 @@ def test_launches_are_gangs_of_their_own_that_meet(rendered: Callable[..., Objec
     assert place["spec"]["strategy"] == {"type": "Recreate"}
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
     assert stack.one("ServiceAccount", "meet")
+
+
+def test_the_objects_of_launches_are_what_kubernetes_and_our_own_rules_accept(rendered: Callable[..., Objects]) -> None:
+    stack = rendered("prod", APART)
+    builtin = [m for m in stack.all if "." not in m["apiVersion"].split("/")[0] or ".k8s.io/" in m["apiVersion"]]
+    for manifest in builtin:
+        assert kubernetes_validate.validate(manifest, "1.36", strict=True) == "1.36"
+    assert len(builtin) > 30
+    shipped = {(found.code, found.where) for found in check_manifests(rendered("prod", {}).all)}
+    assert [f for f in check_manifests(stack.all) if f.severity == "error" or "meet" in f.where] == []
+    assert {found.code for found in check_manifests(stack.all)} <= {code for code, _ in shipped}
 
 
 def test_one_launch_at_a_time_may_be_drained(rendered: Callable[..., Objects]) -> None:
