@@ -19,6 +19,9 @@ _LANES, _WIDEST_HEAD = 16, 256
 """Rows of activations are whole vectors of any processor; a head's width is multiplied in one go."""
 
 
+_GIVEN = ("before", "q", "k", "v", "o", "after", "gate", "up", "down", "cos", "sin")
+
+
 class _Block(ctypes.Structure):
     """`Block` of decoder.cpp, whose comments say what is what."""
 
@@ -66,7 +69,8 @@ def usable(x: Tensor, *layers: nn.Module) -> bool:
 def _is_plain(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
         return False
-    return layer.in_features % _LANES == 0 and layer.weight.is_contiguous()
+    whole = layer.weight.dtype == torch.float32 and layer.weight.is_contiguous()
+    return whole and layer.in_features % _LANES == 0
 
 
 def block(
@@ -77,7 +81,7 @@ def block(
     `weights` are those of the norm before attention, of q, k, v and o, and of the norm after it, gate, up and down. By the mask
     each position sees all from some position on to itself.
     """
-    return _BlockOperation.apply(x_BLD, *weights, *tables, mask_B1LL, eps)
+    return _BlockOperation.apply(x_BLD, mask_B1LL, eps, *weights, *tables)
 
 
 def fits(head_width: int) -> bool:
@@ -95,49 +99,25 @@ def _at(tensor: Tensor | None) -> int | None:
 
 class _BlockOperation(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        before: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        after: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        x, width = x.contiguous(), cos.shape[-1]
-        (batch, length, hidden), heads, kv_heads = x.shape, len(q) // width, len(k) // width
-        starts = None if mask is None else mask.byte().argmax(-1).contiguous()
-        sizes = {
-            "batch": batch,
-            "length": length,
-            "hidden": hidden,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "width": width,
-        }
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, eps: float, *given: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, named = x.contiguous(), dict(zip(_GIVEN, given, strict=True))
+        (batch, length, hidden), width, ffn = x.shape, named["cos"].shape[-1], len(named["gate"])
+        queries, keys = len(named["q"]), len(named["k"])
+        ctx.sizes = {"batch": batch, "length": length, "hidden": hidden, "width": width, "ffn": ffn, "eps": eps}
+        ctx.sizes |= {"heads": queries // width, "kv_heads": keys // width}
         tensors = {
-            "starts": starts,
-            "cos": cos,
-            "sin": sin,
-            **{"before": before, "q": q, "k": k, "v": v, "o": o, "after": after, "gate": gate, "up": up, "down": down},
+            **named,
+            "starts": None if mask is None else mask.byte().argmax(-1).contiguous(),
             "x": x,
             "x_scale": x.new_empty(batch, length),
-            "qkv": x.new_empty(batch, length, len(q) + 2 * len(k)),
-            "attended": x.new_empty(batch, length, len(q)),
-            "sums": x.new_empty(batch, heads, length),
+            "qkv": x.new_empty(batch, length, queries + 2 * keys),
+            "attended": x.new_empty(batch, length, queries),
+            "sums": x.new_empty(batch, queries // width, length),
             "middle": torch.empty_like(x),
             "middle_scale": x.new_empty(batch, length),
-            "both": x.new_empty(batch, length, 2 * len(gate)),
+            "both": x.new_empty(batch, length, 2 * ffn),
         }
-        ctx.names, ctx.sizes = tuple(tensors), {**sizes, "ffn": len(gate), "eps": eps}
+        ctx.names = tuple(tensors)
         ctx.save_for_backward(*tensors.values())
         out = torch.empty_like(x)
         library().block_forward(_structure(ctx.sizes, tensors), out.data_ptr())
@@ -146,21 +126,22 @@ class _BlockOperation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        grad, tensors = grad.contiguous(), dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         hidden, into = ctx.sizes["hidden"], [len(tensors[name]) for name in ("q", "k", "v")]
         found: dict[str, Tensor | None] = {name: torch.empty_like(tensors[name]) for name in ("x", "before", "after")}
         found |= dict.fromkeys(("qkv", "o", "both", "down"))
-        wanted = dict(zip(("q", "k", "v", "o", "after", "gate", "up", "down"), ctx.needs_input_grad[2:10], strict=True))
+        wanted = dict(zip(_GIVEN, ctx.needs_input_grad[3:], strict=True))
         if wanted["q"] or wanted["k"] or wanted["v"]:
             found["qkv"] = grad.new_empty(sum(into), hidden)
         if wanted["o"] or wanted["gate"] or wanted["up"] or wanted["down"]:
             found |= {name: torch.empty_like(tensors[name]) for name in ("o", "down")}
             found["both"] = grad.new_empty(2 * ctx.sizes["ffn"], hidden)
         to = ctypes.byref(_Gradients(**{name: _at(tensor) for name, tensor in found.items()}))
-        library().block_backward(_structure(ctx.sizes, tensors), grad.contiguous().data_ptr(), to)
+        library().block_backward(_structure(ctx.sizes, tensors), grad.data_ptr(), to)
         qkv = (None, None, None) if found["qkv"] is None else found["qkv"].split(into)
         gate_up = (None, None) if found["both"] is None else found["both"].chunk(2)
-        return found["x"], found["before"], *qkv, found["o"], found["after"], *gate_up, found["down"], *(None,) * 4
+        of_weights = (found["before"], *qkv, found["o"], found["after"], *gate_up, found["down"])
+        return found["x"], None, None, *of_weights, None, None
 
 
 def _structure(sizes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Any:

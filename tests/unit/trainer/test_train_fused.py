@@ -74,6 +74,18 @@ def test_kernels_give_what_the_plain_operations_do(monkeypatch, shape, length):
 
 
 @needs_kernels
+def test_gradients_may_come_in_any_order_of_memory():
+    model, x = decoder_of().model, torch.randn(2, 20, 32)
+    turned = torch.randn(20, 2, 32).transpose(0, 1)
+    found = []
+    for grad in (turned, turned.contiguous()):
+        inputs = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        y = model.layers[0](inputs, model.cos_LW, model.sin_LW)
+        found.append(torch.autograd.grad(y, [inputs, *model.layers[0].parameters()], grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@needs_kernels
 def test_the_number_of_threads_changes_no_bit():
     model, tokens = decoder_of(), torch.randint(0, 70, (3, 61))
     one = loss_and_gradients(model, tokens)
