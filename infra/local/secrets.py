@@ -66,9 +66,13 @@ class Secrets:
         for each in (self.directory, folder):
             each.chmod(0o700)
         handle, beside = tempfile.mkstemp(dir=self.directory)  # mode 0600
-        with os.fdopen(handle, "wb") as file:
-            file.write(value)
-        return Path(beside).replace(folder / key)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(value)
+            return Path(beside).replace(folder / key)
+        except OSError:
+            Path(beside).unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> bool:
         """Whether there was one."""
