@@ -33,7 +33,7 @@ def up(
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs that a node says it has: scheduled, not there.")] = 4,
     add_ons: Annotated[
         list[clusters.AddOn] | None,
-        typer.Option("--with", help="An add-on that stacks may need, with what it needs itself. Repeat for several."),
+        typer.Option("--with", help="An add-on that stacks may need. Repeat for several."),
     ] = None,
     json: AsJson = False,
 ) -> None:

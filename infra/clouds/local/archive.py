@@ -1,4 +1,4 @@
-"""A container image of one program, as an OCI archive: the same bytes for the same program.
+"""A container image of one static program, as an OCI archive: the same bytes for the same program.
 
 https://github.com/opencontainers/image-spec/blob/v1.1.0/image-layout.md
 """
@@ -7,11 +7,9 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from infra.clouds.local.shell import run
 
 Json = dict[str, Any]
 USER = 65532
@@ -20,10 +18,10 @@ MEDIA = "application/vnd.oci.image"
 
 
 def write(out: Path, *, reference: str, program: Path, command: Sequence[str] = ()) -> None:
-    """Write the image `reference` to `out`: `program` at /bin/NAME, with the libraries it is linked to; runs `command`, else itself."""
+    """Write the image `reference` to `out`: `program` at /bin/NAME; runs `command`, else itself."""
     inside = f"bin/{program.name}"
     # Not compressed: it goes no further than to the node, which would only unpack it again.
-    layer = _layer({inside: program} | {str(path).lstrip("/"): path for path in libraries(program)})
+    layer = _layer(program, inside)
     config = _json(
         {
             "architecture": "amd64",
@@ -50,22 +48,14 @@ def write(out: Path, *, reference: str, program: Path, command: Sequence[str] = 
         _add(archive, "index.json", _json({"schemaVersion": 2, "manifests": [named]}))
 
 
-def libraries(program: Path) -> list[Path]:
-    """What the loader would load for `program`, by absolute path; nothing for a static one."""
-    words = run("ldd", program).stdout.split()
-    return sorted({Path(word) for word in words if word.startswith("/") and not word.endswith(":")})
-
-
-def _layer(files: Mapping[str, Path]) -> bytes:
+def _layer(program: Path, inside: str) -> bytes:
     packed = io.BytesIO()
-    folders = {str(parent) for name in files for parent in Path(name).parents} - {"."}
     with tarfile.open(fileobj=packed, mode="w") as layer:
-        for folder in sorted({*folders, "tmp"}):
+        for folder in ("bin", "tmp"):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             layer.addfile(entry)
-        for name, path in sorted(files.items()):
-            _add(layer, name, path.read_bytes(), mode=0o755)
+        _add(layer, inside, program.read_bytes(), mode=0o755)
     return packed.getvalue()
 
 

@@ -54,8 +54,7 @@ class _Wanted:
 
 
 def up(places: Places, *, kubeconfig: Path | None, gpus: int, add_ons: Sequence[AddOn] = (), say: Say) -> Status:
-    """Have a cluster that is ready: the one of `kubeconfig`, kind's where Docker is, else a node of this machine; and `add_ons` (of
-    `options`) in it, with what they need.
+    """Have a cluster that is ready: the one of `kubeconfig`, kind's where Docker is, else a node of this machine; and `add_ons` in it.
 
     Idempotent; what a killed run left is taken down first. Raises `Unable` where it cannot be, `ClusterError` where it fails.
     """
@@ -64,7 +63,7 @@ def up(places: Places, *, kubeconfig: Path | None, gpus: int, add_ons: Sequence[
             raise Unable("add-ons of your own cluster are yours to install. Fix: their Helm charts, or no --kubeconfig")
         _check(kubeconfig)
         return _prepared("kubeconfig", places, kubeconfig, wanted=_Wanted(), say=say)
-    names = options.with_needs(add_ons)
+    names = list(dict.fromkeys(add_ons))
     wanted = _Wanted(gpus=gpus, add_ons=names, programs=options.programs(places.cache, names, say=say))
     if kind.is_possible():
         kind.up(places.kubeconfig, cache=places.cache, say=say)
