@@ -95,7 +95,7 @@ try:
     with located(file):
         declare(stack_from_config(Path(__file__).parent))
 except Refused as refused:
-    error = Refused(refused.findings, file=file)
+    error = Refused(refused.findings, file=file if file.is_file() else None)
     raise pulumi.RunError(str(error)) from error
 except ValueError as error:
     # The program's user reads what is wrong with the stack file, and no traceback.

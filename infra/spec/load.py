@@ -68,10 +68,12 @@ def parse(values: Mapping[str, Any], *, path: Path) -> Stack:
 
 @contextmanager
 def located(path: Path) -> Generator[None]:
-    """What the planner finds impossible becomes a `StackError` with the line of its key in `path`."""
+    """What the planner finds impossible becomes a `StackError` with the line of its key in `path`, where the values have a file."""
     try:
         yield
     except Unplannable as error:
+        if not path.is_file():
+            raise
         line = line_finder(path)(error.where)
         raise StackError(f"{path}:{line}: {PREFIX}{error.where}: {error.message}") from None
 

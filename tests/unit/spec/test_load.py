@@ -102,7 +102,7 @@ def test_all_errors_are_told_at_once(changed) -> None:
 
 
 def test_a_long_value_is_cut(changed) -> None:
-    assert all(len(line) < 400 for line in refusal(changed("prod", {"training.name": ["x"] * 10_000})).splitlines())
+    assert all(len(line) < 400 for line in refusal(changed("prod", {"training.name": ["x"] * 1_000})).splitlines())
 
 
 @pytest.mark.parametrize(
