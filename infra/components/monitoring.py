@@ -1,5 +1,6 @@
 """Metrics, alerts, dashboards: objects of the Prometheus Operator, and ConfigMaps that Grafana's sidecar picks up."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,12 @@ from infra.components.server import scraped_port
 from infra.spec import Service, Stack
 
 API = "monitoring.coreos.com/v1"
+# Of a gang rank 0 alone has metrics, and it is in the pod of index 0: the others would be targets that are always down.
+RANK_0 = {
+    "sourceLabels": ["__meta_kubernetes_pod_label_batch_kubernetes_io_job_completion_index"],
+    "regex": "0",
+    "action": "keep",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,7 @@ class Monitoring(pulumi.ComponentResource):
             self._custom(name, "PodMonitor", "router", args, _pod_monitor("router", stack))
             self._dashboard(name, "serving", serving_dashboard(stack), args)
         if stack.training:
-            self._custom(name, "PodMonitor", "training", args, _pod_monitor("train", stack))
+            self._custom(name, "PodMonitor", "training", args, _pod_monitor("train", stack, relabelings=[RANK_0]))
             self._dashboard(name, "training", training_dashboard(stack), args)
         if groups := rule_groups(stack):
             self._custom(name, "PrometheusRule", "objectives", args, {"groups": groups})
@@ -83,11 +90,11 @@ def _service_monitor(service: Service, stack: Stack) -> dict[str, Any]:
     return {"selector": {"matchLabels": selector("serve", service.name) | SCRAPED}, "endpoints": [endpoint]}
 
 
-def _pod_monitor(component: str, stack: Stack) -> dict[str, Any]:
-    return {
-        "selector": {"matchLabels": component_selector(component)},
-        "podMetricsEndpoints": [{"port": "metrics", "path": "/metrics", "interval": _interval(stack)}],
-    }
+def _pod_monitor(component: str, stack: Stack, *, relabelings: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    endpoint: dict[str, Any] = {"port": "metrics", "path": "/metrics", "interval": _interval(stack)}
+    if relabelings:
+        endpoint["relabelings"] = list(relabelings)
+    return {"selector": {"matchLabels": component_selector(component)}, "podMetricsEndpoints": [endpoint]}
 
 
 def _interval(stack: Stack) -> str:

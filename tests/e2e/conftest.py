@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,18 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.apply import Cluster
+from infra.apply import ApiError, Cluster
 from infra.clouds.local import Places
 from infra.clouds.local.golang import MODULES, build
+from tests.e2e.watching import Prometheus
 
 ROOT = Path(__file__).parents[2]
 SLIPWAY = Path(sys.executable).with_name("slipway")
 HERE = Path(__file__).parent
 Json = dict[str, Any]
-# What a node of two CPUs holds all at once, since `dev` is for clusters that have a few.
-SMALL = {"cpus": 0.25, "memory_gib": 1.5}
+PROMETHEUS = "http://prometheus-operated.monitoring:9090"
+# `dev` as it is, but for less training, and measured often.
+BRIEF = {"training.steps": 60, "monitoring": {"prometheus_url": PROMETHEUS, "scrape_interval_s": 5}}
 SETTLED_S = 1500
 
 
@@ -64,7 +67,7 @@ def slipway(
 @pytest.fixture(scope="session")
 def kubeconfig() -> Iterator[Path]:
     """The cluster that a test run has: up, and down at its end."""
-    done = slipway("cluster", "up", "--json", check=False)
+    done = slipway("cluster", "up", "--with", "monitoring", "--json", check=False)
     if done.returncode == 2:
         pytest.skip(f"no cluster can be had here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
@@ -80,7 +83,7 @@ def cluster(kubeconfig: Path) -> Cluster:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout's folder with the stack `dev`, small enough for the machine that the tests run on."""
+    """A checkout's folder with the stack `dev`."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "stacks").mkdir()
     (folder / "Pulumi.yaml").write_text((ROOT / "Pulumi.yaml").read_text())
@@ -91,8 +94,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_stack(project: Path, changes: dict[str, Any]) -> None:
     """`dev` with values set by dotted path; numbers index lists."""
     document = yaml.safe_load((ROOT / "stacks" / "Pulumi.dev.yaml").read_text())
-    small = {"training.resources": SMALL, "training.steps": 60, "services.0.resources": SMALL}
-    for path, value in (small | changes).items():
+    for path, value in (BRIEF | changes).items():
         first, *rest = path.split(".")
         keys: list[str | int] = ["slipway:" + first, *(int(key) if key.isdigit() else key for key in rest)]
         node = document["config"]
@@ -135,6 +137,26 @@ def endpoint(kubeconfig: Path, namespace: str, settled: Json) -> Iterator[str]:
     """URL of the stack's router, as a developer reaches it from a laptop."""
     with forwarded(kubeconfig, namespace, "service/router", 8080) as url:
         yield url
+
+
+@pytest.fixture
+def prometheus(kubeconfig: Path) -> Iterator[Prometheus]:
+    with forwarded(kubeconfig, "monitoring", "service/prometheus-operated", 9090) as url:
+        yield Prometheus(url)
+
+
+def until(holds: Callable[[], bool], what: str, *, within_s: float = 300.0) -> None:
+    """Ask again until it is so; an API server that does not answer is asked again too."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if holds():
+                return
+        except ApiError as error:
+            if error.status:
+                raise
+        assert time.monotonic() < deadline, what
+        time.sleep(1)
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.apply import ApiError, Cluster
+from infra.apply import Cluster
 from infra.clouds.local import Places
-from tests.e2e.conftest import SETTLED_S, slipway, write_stack
+from tests.e2e.conftest import SETTLED_S, slipway, until, write_stack
 from tests.e2e.load import under_load
 
 Json = dict[str, Any]
@@ -27,19 +26,6 @@ def kill_process(program: str) -> None:
             os.kill(int(folder.name), signal.SIGKILL)
             return
     raise AssertionError(f"no {program} of the node runs")
-
-
-def until(holds: Callable[[], bool], what: str, *, within_s: float = 300.0) -> None:
-    deadline = time.monotonic() + within_s
-    while True:
-        try:
-            if holds():
-                return
-        except ApiError as error:
-            if error.status:
-                raise
-        assert time.monotonic() < deadline, what
-        time.sleep(1)
 
 
 def test_training_ends_and_no_request_fails_whatever_dies(

@@ -1,5 +1,6 @@
 """Services: roll-out, probes, drain, budgets, autoscaling; the quota, the network, the monitors."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, get_args
@@ -7,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from infra.components.alerts import rule_groups
+from infra.live.scrape import INDEX
 from infra.spec import StackError, load
 from infra.spec.serving import AlertName
 
@@ -193,6 +195,14 @@ def test_each_replica_is_scraped_once(stack: Objects) -> None:
         pods = matching(stack, pod_monitor["spec"]["selector"])
         assert pods
         assert all("metrics" in names(pod) for pod in pods)
+
+
+def test_of_a_gang_the_pod_with_rank_0_is_scraped(prod: Objects) -> None:
+    """It alone opens the port: another one would be a target that is always down."""
+    (endpoint,) = prod.one("PodMonitor", "training")["spec"]["podMetricsEndpoints"]
+    (only,) = endpoint["relabelings"]
+    assert (only["action"], only["regex"]) == ("keep", "0")
+    assert only["sourceLabels"] == ["__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", INDEX)]
 
 
 @pytest.mark.parametrize("goal", ["ttft_p95_s", "tpot_p95_s"])
