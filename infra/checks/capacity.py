@@ -21,12 +21,12 @@ def gang_fits_pool(stack: Stack, _: Plan) -> Iterator[Finding]:
     pool = stack.pool(training.pool)
     if training.nodes > pool.max_nodes:
         most = pool.max_nodes // training.launches * training.launches
-        gang = "a gang" if training.launches == 1 else f"{training.launches} launches together"
+        gangs = "a gang of" if training.launches == 1 else f"{training.launches} launches with together"
         yield Finding(
             code="SLW101",
             severity="error",
             where="training.nodes",
-            message=f"{gang} of {training.nodes} nodes, and pool {pool.name!r} can hold {pool.max_nodes}",
+            message=f"{gangs} {training.nodes} nodes, and pool {pool.name!r} can hold {pool.max_nodes}",
             fix=(f"nodes: {most}, or " if most else "") + f"max_nodes: {training.nodes} for the pool",
             patch={"training.nodes": most} if most else {f"node_pools.{pool.name}.max_nodes": training.nodes},
         )

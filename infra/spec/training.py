@@ -10,6 +10,7 @@ from infra.spec.judging import CLASSIFICATION, Evaluate, Gate
 from infra.spec.learning import Checkpoint, LocalSgd, Lora, Optim, Recover
 from infra.spec.shape import ModelShape
 
+HOST_NAME_MOST = 63
 Dtype = Literal["auto", "float32", "bfloat16"]
 Sink = Literal["tensorboard", "wandb"]
 
@@ -188,6 +189,14 @@ class Training(Spec):
                 f"{self.nodes} nodes do not divide by local_sgd.launches {self.launches}; "
                 f"the nearest: {' and '.join(map(str, near))}",
                 "nodes",
+            )
+        # `train-NAME-DIGEST-LAUNCH-INDEX`
+        longest = len(f"train-{self.name}-0123456789-{self.launches - 1}-{self.nodes_of_launch - 1}")
+        if self.launches > 1 and longest > HOST_NAME_MOST:
+            raise Misplaced(
+                f"pods of the launches would be called by {longest} characters, and a host name has {HOST_NAME_MOST}; "
+                f"shorten it by {longest - HOST_NAME_MOST}",
+                "name",
             )
         if self.launches > 1 and self.recover.bad_step == "skip":
             raise Misplaced(

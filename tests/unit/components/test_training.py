@@ -122,6 +122,7 @@ def test_only_launches_reach_the_place_where_they_meet(rendered: Callable[..., O
             {"training.nodes": 1},
             r"training.nodes: 1 nodes do not divide by local_sgd.launches 2; the nearest: 2$",
         ),
+        ({"training.name": "n" * 40, "training.nodes": 2002}, r"training.name: .* 64 characters, .*; shorten it by 1$"),
         ({"training.local_sgd.overlap_steps": 1}, "would be lost with a launch that dies"),
         ({"training.local_sgd.launches": None}, "lost_after_s: is of replicas that are launches"),
         ({"training.recover": {"bad_step": "skip"}}, "recover.bad_step: goes back alone"),
