@@ -89,7 +89,7 @@ def test_the_plots_and_the_traces_are_there(seen):
     assert (seen / "cost.png").read_bytes().startswith(b"\x89PNG")
     (trace,) = (seen / "profile").iterdir()
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert any(event.get("name") == "aten::mm" for event in events)
+    assert {"_BlockOperation", "aten::mm"} & {event.get("name") for event in events}  # by kernels, or without them
     assert any(event.get("name") == "[memory]" for event in events)
 
 
