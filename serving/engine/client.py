@@ -2,15 +2,14 @@
 
 import asyncio
 import itertools
-import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from serving.engine import child
 from serving.engine.messages import (
     Abort,
     AdapterRef,
@@ -89,11 +88,7 @@ class EngineProcess:
     @classmethod
     async def start(cls, root: Path, settings: Settings, *, on_bytes: Callable[[int, int], None]) -> "EngineProcess":
         """Starts the process and returns once it has made a token. Raises `Refused` or `EngineError`."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "serving.engine.worker", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
-        theirs.close()
-        engine = cls(process, Connection(ours.detach()))
+        engine = cls(*child.start("serving.engine.worker"))
         asyncio.get_running_loop().add_reader(engine._connection.fileno(), engine._receive, on_bytes)
         engine._send(Load(str(root), settings))
         try:

@@ -115,6 +115,7 @@ class Engine:
             most = min(WARM_UP_STEPS, self.max_model_len - length)
             self.generate(prompts, SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True))
         self.scheduler.pace.settle()
+        self.scheduler.prefix_hit_tokens = self.scheduler.prefix_miss_tokens = 0  # no request was among them
 
     def step(self) -> list[Output]:
         begin_s = time.perf_counter()

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STRETCH = (
-    2.1  # below the 3 that is promised of the 99th percentile: times scatter, and a line is not all that steps are
-)
+STRETCH = 2.1  # below the 3 that is promised of the 99th percentile: times scatter, and a line is not all there is
 LEAST_TOKENS = 16
 GROWTH = 1.25  # of a chunk beside decodes, over the longest of late
 KEPT = 0.95  # of what the steps before have said, at each step
@@ -43,10 +41,10 @@ class Allowance:
             return 0
         by = 1 + self.look * computed
         # n tokens are n · (by + look · n / 2) of work; the root, in the form that is exact for a small `look` too.
-        fits = (
-            wanted if self.work == math.inf else 2 * self.work / (by + math.sqrt(by * by + 2 * self.look * self.work))
-        )
-        count = min(wanted, self.tokens, max(1, int(fits)))
+        # There may be no end of work, and there is one of tokens.
+        work = min(self.work, prompt_work(wanted, computed, look=self.look))
+        fits = 2 * work / (by + math.sqrt(by * by + 2 * self.look * work))
+        count = min(wanted, self.tokens, max(1, int(fits + 1e-6)))
         self.tokens -= count
         self.work -= prompt_work(count, computed, look=self.look)
         return count
@@ -62,7 +60,7 @@ class Pace:
         """`look`: what a token costs more for each position that it looks back on, in tokens at a text's beginning."""
         self.look = look
         self._products, self._sums = np.zeros((3, 3)), np.zeros(3)
-        self._longest = float(LEAST_TOKENS)  # of late, beside decodes
+        self._longest, self._many = float(LEAST_TOKENS), 1.0  # of late, beside decodes, where they were not the many
         self._first: np.ndarray | None = None  # the costs (step, decode, token) in seconds, as measured at first
 
     def learn(self, *, decodes: int, prompt: float, seconds: float) -> None:
@@ -71,7 +69,7 @@ class Pace:
         self._products = KEPT * self._products + np.outer(row, row)
         self._sums = KEPT * self._sums + row
         if decodes and prompt:
-            self._longest = max(KEPT * self._longest, prompt)
+            self._longest = max(KEPT * self._longest, prompt / self._many)
 
     def settle(self) -> None:
         """Takes what the steps so far have said as measured. They must have been of more than one kind."""
@@ -83,9 +81,9 @@ class Pace:
         if decoding == 0 or self._first is None:
             return Allowance(most, math.inf, self.look)
         step_s, decode_s, token_s = self._costs(self._first, anchor=ANCHOR)
-        stretch = (STRETCH - 1) * max(1.0, first_tokens / decoding)
-        work = min(stretch * (step_s + decode_s * decoding) / token_s, GROWTH * self._longest)
-        return Allowance(most, max(LEAST_TOKENS, work), self.look)
+        self._many = max(1.0, first_tokens / decoding)
+        work = min((STRETCH - 1) * (step_s + decode_s * decoding) / token_s, GROWTH * self._longest)
+        return Allowance(most, self._many * max(LEAST_TOKENS, work), self.look)
 
     def _costs(self, first: np.ndarray, *, anchor: float) -> np.ndarray:
         """(step, decode, token): those that the steps say, and where they leave it open nearest to `first`."""

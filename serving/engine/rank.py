@@ -10,9 +10,10 @@ from typing import cast
 import torch
 
 from serving.engine.adapters import Adapters
+from serving.engine.child import ignore_signals, receive
 from serving.engine.messages import Failed
 from serving.engine.parts import Loaded, adapters_of, load_share, pool_of
-from serving.engine.ranks import Begin, Join, Logits, Message, Store, Work, ignore_signals, meet, receive
+from serving.engine.ranks import Begin, Join, Logits, Message, Store, Work, meet
 from serving.engine.scheduler import Scheduled
 from serving.errors import Refused
 from serving.model.config import ModelConfig

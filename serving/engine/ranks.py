@@ -6,10 +6,7 @@ over the ranks keep them in step: gloo on CPUs, NCCL on GPUs. One that dies take
 
 import os
 import queue
-import signal
-import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence as Seq
 from datetime import timedelta
@@ -20,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from serving.engine import child
 from serving.engine.attention import Plan, Pool
 from serving.engine.messages import AdapterRef, Failed
 from serving.engine.scheduler import Scheduled
@@ -83,13 +81,10 @@ class Ranks:
         self._store = Store("127.0.0.1", 0, self.size, is_master=True, wait_for_workers=False)
         self._connections: list[Connection] = []
         for rank in range(1, self.size):
-            ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "serving.engine.rank", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
-            theirs.close()
-            self._connections.append(Connection(ours.detach()))
+            process, connection = child.start("serving.engine.rank")
+            self._connections.append(connection)
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
-            self._connections[-1].send(Join(root, settings, Shard(rank, self.size), self._store.port, threads))
+            connection.send(Join(root, settings, Shard(rank, self.size), self._store.port, threads))
 
     def meet(self) -> None:
         """Returns once every rank has its share of the weights. Raises `Refused` with what one of them refused."""
@@ -137,18 +132,3 @@ def meet(store: Store, shard: Shard, settings: Settings) -> None:
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=store, rank=shard.rank, world_size=shard.size, timeout=JOIN_TIMEOUT
     )
-
-
-def receive(connection: Connection, inbox: "queue.SimpleQueue[Message]") -> None:
-    """Reads all that rank 0 says. When it is gone, so is the reason to be here, even in the middle of a sum."""
-    while True:
-        try:
-            inbox.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)
-
-
-def ignore_signals() -> None:
-    """The server decides when its processes end: a terminal's Ctrl-C and a group's SIGTERM reach all of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

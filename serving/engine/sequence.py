@@ -12,29 +12,6 @@ if TYPE_CHECKING:
 
 
 class Sequence:
-    __slots__ = (
-        "adapter",
-        "arrived_s",
-        "block_hashes",
-        "block_table",
-        "cached_tokens",
-        "cumulative_logprob",
-        "matcher",
-        "num_computed",
-        "num_prompt",
-        "num_published",
-        "params",
-        "pending_logprobs",
-        "priority",
-        "prompt_logprobs",
-        "queue_s",
-        "rng",
-        "seq_id",
-        "tenant",
-        "text",
-        "token_ids",
-    )
-
     def __init__(
         self,
         seq_id: int,

@@ -6,13 +6,13 @@ round, a model swapped out gives back all of its memory, and a server that waits
 
 import os
 import queue
-import signal
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from serving.engine.child import ignore_signals, receive
 from serving.engine.messages import (
     Abort,
     Add,
@@ -33,12 +33,10 @@ RANK_DEATH_S = 1.0
 
 
 def main() -> None:
-    # The server decides when its engine ends: a terminal's Ctrl-C and a group's SIGTERM reach both of them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     connection = Outbox(int(sys.argv[1]))
     inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=receive, args=(connection, inbox), daemon=True).start()
     load = inbox.get()
     assert isinstance(load, Load)
     try:
@@ -70,15 +68,6 @@ def _end_with_ranks(connection: Outbox) -> None:
 
     connection.send(Failed(deaths.get(), refused=False))
     os._exit(1)
-
-
-def _receive(connection: Connection, inbox: "queue.SimpleQueue[Request]") -> None:
-    """Reads all that the server says. When it is gone, so is the reason to be here, even in the middle of a load."""
-    while True:
-        try:
-            inbox.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)
 
 
 def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Outbox) -> None:
