@@ -173,11 +173,14 @@ def _keep(path: Path, values: dict[str, str]) -> None:
 
 
 def _remove(folder: Path) -> None:
+    """Whole images lie in it: once through may take a minute. What is in use a moment longer goes the next time."""
+    shutil.rmtree(folder, ignore_errors=True)
     until = time.monotonic() + END_S
     while folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
         if time.monotonic() > until:
             raise ClusterError(f"{folder} cannot be removed. Fix: `down` again")
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hierarchies() -> list[Path]:
