@@ -18,6 +18,9 @@ from infra.spec import Runtime, Service
 
 SCRAPED = {"slipway.dev/endpoints": "pods"}
 """Label of the Services by which Prometheus finds each replica once."""
+FOUND_AFTER_S = 10
+"""Until a replica that is ready is sent requests: its name lives 5 s in the cluster's DNS, the router asks each 2 s and looks
+whether it is well each second."""
 # After the drain: closing sockets, the engine's exit.
 MARGIN_S = 10
 
@@ -144,6 +147,8 @@ class InferenceService(pulumi.ComponentResource):
                 type="RollingUpdate",
                 rolling_update=apps.RollingUpdateDeploymentArgs(max_surge=surge, max_unavailable=unavailable),
             ),
+            # An old replica goes when the router can have found the new one, and not when that is ready.
+            min_ready_seconds=FOUND_AFTER_S,
             progress_deadline_seconds=args.model_within_s + 600 + 4 * args.load_s,
             revision_history_limit=5,
             template=pod_template(
