@@ -2,9 +2,13 @@
 STACK ?= local
 PYTHON ?= python3
 EXTRAS ?= [trainer,serving]
+DEV := [trainer,serving,dev]
 BIN := .venv/bin
 # uv reads no pip configuration: hand it the index that pip was given, if any.
-INSTALL = $(BIN)/uv pip install --python $(BIN)/python $${PIP_INDEX_URL:+--default-index "$$PIP_INDEX_URL"} -c constraints.txt --compile-bytecode
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python $${PIP_INDEX_URL:+--default-index "$$PIP_INDEX_URL"} -c constraints.txt --compile-bytecode --quiet
+# $(call quietly,WHAT,COMMANDS): one line for both, with a dot every two seconds; the dots end with this shell, however it ends.
+quietly = printf '%s ' '$(1)' >&2; (while sleep 2 && kill -0 $$$$ 2>/dev/null; do printf . >&2; done) & dots=$$!; \
+	{ $(2); }; code=$$?; kill $$dots; echo >&2; exit $$code
 
 .PHONY: help up down clean test e2e bench lint format constraints
 .DEFAULT_GOAL := help
@@ -52,9 +56,9 @@ constraints: .venv/dev ## Pin the newest versions of everything
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/uv
-	@$(INSTALL) -e '.$(EXTRAS)'
+	@$(call quietly,Installing packages (once),$(INSTALL) -e '.$(EXTRAS)')
 	@touch $@
 
 .venv/dev: .venv/installed
-	@$(INSTALL) -e '.[trainer,serving,dev]'
+	@$(call quietly,Installing what tests need (once),$(INSTALL) -e '.$(DEV)')
 	@touch $@
