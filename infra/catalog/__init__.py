@@ -55,7 +55,7 @@ class Instance:
     """Gb/s of the node."""
     efa: int = 0
     """EFA interfaces (AWS)."""
-    gflops_per_cpu: float = 25.0
+    gflops_per_cpu: float = 40.0
     """fp32 GFLOP/s that this trainer reaches on one core, for pools without a GPU."""
     price: float | None = None
     """USD an hour on demand; None: not known."""
