@@ -1,8 +1,14 @@
-"""What every run begins and ends with: an interrupt that children hear; skipped tests by name and reason, so that none goes unseen."""
+"""What every run begins and ends with: an interrupt that children hear; properties that are not timed; skipped tests by name
+and reason, so that none goes unseen."""
 
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A property holds however busy the machine is; Hypothesis by itself fails a slow example, and a slow beginning.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:
