@@ -56,7 +56,7 @@ def quota_holds_all(stack: Stack, _: Plan) -> Iterator[Finding]:
     quota = stack.tenancy.quota
     routers = stack.router.replicas + 1 if stack.services else 0
     keepers = 0 if stack.platform.cloud == "local" else sum(pool.min_nodes for pool in stack.node_pools)
-    meets = stack.training is not None and stack.training.launches > 1
+    meets = stack.training is not None and stack.training.meets
     others = routers + keepers + (HELPERS if stack.training else 0) + meets
     beside = {"gpus": 0.0, "cpus": routers * ROUTER_CPUS, "memory_gib": routers * ROUTER_GIB, "pods": others}
     limits = {"gpus": quota.gpus, "cpus": quota.cpus, "memory_gib": quota.memory_gib, "pods": quota.pods}

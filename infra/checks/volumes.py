@@ -25,7 +25,7 @@ def checkpoints_fit(stack: Stack, plan: Plan) -> Iterator[Finding]:
     if training.checkpoint.url:
         saved = 0
     # Under local SGD each replica has weights, moments and an outer state of its own; of a launch they are one.
-    apart = training.launches if training.launches > 1 else run.replicas if training.local_sgd else 1
+    apart = training.launches if training.meets else run.replicas if training.local_sgd else 1
     each = apart * (CHECKPOINT_BYTES + (OUTER_BYTES if training.local_sgd else 0))
     needed = run.parameters * (saved * each + training.launches * PACKAGE_BYTES) / GIB
     if needed > stack.storage.runs_gib:

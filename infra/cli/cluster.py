@@ -1,6 +1,5 @@
 """`slipway cluster`: a Kubernetes to try things on. The user's own, kind's where Docker is, else one node of this machine."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -15,7 +14,7 @@ from rich.markup import escape
 from infra.apply import ApiError
 from infra.cli.project import AsJson, Refusal, me, people, print_json
 from infra.clouds import local as clusters
-from infra.local.locks import lock
+from infra.local.locks import held
 
 app = typer.Typer(
     help="A Kubernetes cluster on this machine: yours (--kubeconfig), kind's where Docker is, else a node of its own.",
@@ -104,13 +103,10 @@ def _tell(found: clusters.Status) -> None:
 def _alone(places: clusters.Places) -> Generator[None]:
     """One `up` or `down` at a time."""
     places.cache.mkdir(parents=True, exist_ok=True)
-    handle = lock(places.cache / "cluster.lock")
-    if handle is None:
-        raise Refusal("another `slipway cluster` is at work. Fix: wait for it to end")
-    try:
+    with held(places.cache / "cluster.lock") as ours:
+        if not ours:
+            raise Refusal("another `slipway cluster` is at work. Fix: wait for it to end")
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`slipway images`: the images of a stack, built on this machine and given to its cluster."""
 
-import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from infra.clouds import local as clusters
 from infra.clouds.local.debian import Say
 from infra.images import builder
 from infra.images.builder import Recipe
-from infra.local.locks import lock
+from infra.local.locks import held, is_held
 from infra.planner import Plan
 
 WAIT_S = 3600.0
@@ -96,16 +95,12 @@ def _alone(places: clusters.Places, say: Say) -> Generator[None]:
     """One build at a time: another one waits, and finds most of its layers made."""
     path = places.cache / "images.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = lock(path)
-    if handle is None:
+    if is_held(path):
         say("waiting for another build to end")
-        handle = lock(path, wait_s=WAIT_S)
-    if handle is None:
-        raise clusters.ClusterError(f"another build has held {path} for {WAIT_S / 60:.0f} minutes. Fix: end it")
-    try:
+    with held(path, wait_s=WAIT_S) as ours:
+        if not ours:
+            raise clusters.ClusterError(f"another build has held {path} for {WAIT_S / 60:.0f} minutes. Fix: end it")
         yield
-    finally:
-        os.close(handle)
 
 
 def _recipes(planned: Plan, *, base: str | None) -> Iterator[Recipe]:

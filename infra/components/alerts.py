@@ -23,7 +23,7 @@ def rule_groups(stack: Stack) -> list[Json]:
 
 def _as_wanted(rule: Json, stack: Stack) -> Json | None:
     """The rule as `monitoring.alerts` has it; None where that switches it off."""
-    found = next((alert for name, alert in stack.monitoring.alerts.items() if name == rule.get("alert")), None)
+    found = stack.monitoring.alerts.get(rule.get("alert", ""))
     if found is None:
         return rule
     if not found.enabled:
@@ -46,11 +46,10 @@ def p95(metric: str, stack: Stack, service: Service) -> str:
 
 def error_share(stack: Stack, service: Service, window: str) -> str:
     """Share of requests that ended in an error of the server's, or at the router for want of a server that is ready."""
-    own = stack.runtime(service).is_own
-    bad = [series("slipway_serve_requests_total", stack, service, extra=SERVER_ERRORS)]
-    all_of = [series("slipway_serve_requests_total", stack, service)]
-    if own:  # of another runtime the router counts every answer, its own too
-        bad, all_of = ([*those, unserved(stack, service)] for those in (bad, all_of))
+    # Of another runtime the router counts every answer, its own too.
+    missed = [unserved(stack, service)] if stack.runtime(service).is_own else []
+    bad = [series("slipway_serve_requests_total", stack, service, extra=SERVER_ERRORS), *missed]
+    all_of = [series("slipway_serve_requests_total", stack, service), *missed]
 
     def rate(those: list[str]) -> str:
         # A series that is not there yet is no error, and must not make the sum absent.

@@ -236,7 +236,7 @@ def network(platform: Platform) -> NetworkArgs:
     return NetworkArgs(
         scope=platform.scope,
         trains=stack.training is not None,
-        meets=stack.training is not None and stack.training.launches > 1,
+        meets=stack.training is not None and stack.training.meets,
         serves=bool(stack.services),
         session_stores={service.name: service.session_store for service in stack.services if service.session_store},
         scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),

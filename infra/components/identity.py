@@ -16,7 +16,7 @@ def opened_urls(stack: Stack) -> dict[str, tuple[str, ...]]:
         "router": (),
         "keep": (),
     }
-    if training and training.launches > 1:
+    if training and training.meets:
         urls["meet"] = ()
     if stack.batches:
         urls["batch"] = (stack.registry.url, *(url for batch in stack.batches for url in (batch.input, batch.output)))

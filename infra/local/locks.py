@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 
@@ -21,6 +22,17 @@ def lock(path: Path, *, wait_s: float = 0.0) -> int | None:
         if time.monotonic() >= until:
             return None
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def held(path: Path, *, wait_s: float = 0.0) -> Generator[bool]:
+    """`lock` for as long as the block runs; False when another has it."""
+    handle = lock(path, wait_s=wait_s)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def is_held(path: Path) -> bool:

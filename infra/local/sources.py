@@ -18,7 +18,8 @@ class Sources:
 
     def files(self, kind: str, reference: Json) -> dict[str, str | Path]:
         """Of a volume: path in it → text, or the file of the user's that it links to."""
-        found: dict[str, Path] | dict[str, str] = self._own(kind, reference) or self.data(kind, reference)
+        own = self._own(kind, reference)
+        found: dict[str, Path] | dict[str, str] = self._declared(kind, reference) if own is None else own
         items = {i["key"]: i["path"] for i in entries(reference, "items")} or {key: key for key in found}
         return {path: found[key] for key, path in items.items() if key in found}
 
@@ -27,6 +28,10 @@ class Sources:
         own = self._own(kind, reference)
         if own is not None:
             return {key: file.read_text(encoding="utf-8") for key, file in own.items()}
+        return self._declared(kind, reference)
+
+    def _declared(self, kind: str, reference: Json) -> dict[str, str]:
+        """Values that the manifests hold, by key."""
         name: str = reference["name"]
         manifest = self.manifests.find(kind, namespace=self.workload.namespace, name=name)
         if manifest is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -79,9 +80,12 @@ def located(path: Path) -> Generator[None]:
 
 
 def line_finder(path: Path) -> Callable[[str], int]:
-    """Tells the line of a key, in which items of a list go by their names, or of what is around it."""
-    document = _document(path)
-    return lambda where: _line_of(where, document)
+    """Tells the line of a key, in which items of a list go by their names, or of what is around it.
+
+    The file is read when the first line is asked for: where nothing is wrong, nobody asks.
+    """
+    document = cache(lambda: _document(path))
+    return lambda where: _line_of(where, document())
 
 
 def _line_of(where: str, document: Document) -> int:

@@ -136,6 +136,11 @@ class Training(Spec):
         return (self.local_sgd and self.local_sgd.launches) or 1
 
     @property
+    def meets(self) -> bool:
+        """Whether there is more than one of them, which need a place to meet."""
+        return self.launches > 1
+
+    @property
     def nodes_of_launch(self) -> int:
         """Pods of one gang."""
         return self.nodes // self.launches
@@ -192,13 +197,13 @@ class Training(Spec):
             )
         # `train-NAME-DIGEST-LAUNCH-INDEX`
         longest = len(f"train-{self.name}-0123456789-{self.launches - 1}-{self.nodes_of_launch - 1}")
-        if self.launches > 1 and longest > HOST_NAME_MOST:
+        if self.meets and longest > HOST_NAME_MOST:
             raise Misplaced(
                 f"pods of the launches would be called by {longest} characters, and a host name has {HOST_NAME_MOST}; "
                 f"shorten it by {longest - HOST_NAME_MOST}",
                 "name",
             )
-        if self.launches > 1 and self.recover.bad_step == "skip":
+        if self.meets and self.recover.bad_step == "skip":
             raise Misplaced(
                 "goes back alone, and local_sgd.launches go on together; stop, or leave launches out",
                 "recover",

@@ -98,9 +98,8 @@ def is_clean(places: Places) -> bool:
     return other(places) is not None or not (link.is_there() or _cgroups())
 
 
-def stop(places: Places) -> bool:
-    """End the node and restore the machine, whatever state both are in. Whether there was anything."""
-    found = not is_clean(places)
+def stop(places: Places) -> None:
+    """End the node and restore the machine, whatever state both are in."""
     _kill(places)
     if other(places) is None:
         link.remove()
@@ -113,7 +112,6 @@ def stop(places: Places) -> bool:
     _remove(places.state)
     with contextlib.suppress(OSError):
         places.state.parent.rmdir()
-    return found
 
 
 def pids(places: Places) -> list[int]:

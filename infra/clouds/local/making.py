@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra.clouds.local.places import ClusterError
-from infra.local.locks import lock
+from infra.local.locks import held
 
 WAIT_S = 3600.0
 """For another process that makes the same."""
@@ -21,21 +21,20 @@ def making(folder: Path) -> Generator[Path | None]:
     What a killed process left is removed, and who comes while another is at work waits for it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    handle = lock(folder.with_name(f".{folder.name}.lock"), wait_s=WAIT_S)
-    if handle is None:
-        raise ClusterError(f"another process has been making {folder} for an hour. Fix: end it")
     part = folder.with_name(f".{folder.name}.part")
-    try:
-        if folder.exists():
-            yield None
-            return
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        yield part
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(handle)
+    with held(folder.with_name(f".{folder.name}.lock"), wait_s=WAIT_S) as ours:
+        if not ours:
+            raise ClusterError(f"another process has been making {folder} for an hour. Fix: end it")
+        try:
+            if folder.exists():
+                yield None
+                return
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            yield part
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def tied(*command: str | Path) -> list[str | Path]:
