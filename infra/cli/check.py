@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from infra.checks import check_manifests
+from infra.checks.objects import POD_KINDS, kind_of, name_of, pod_spec
 from infra.cli.project import AsJson, Refusal, people, print_json
 from infra.cli.show import show_findings
 
@@ -51,4 +52,18 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         ) from None
     for document in documents:
         if isinstance(document, dict) and "kind" in document and "apiVersion" in document:
-            yield cast(dict[str, Any], document)
+            manifest = cast(dict[str, Any], document)
+            _refuse_malformed(manifest, file)
+            yield manifest
+
+
+def _refuse_malformed(manifest: dict[str, Any], file: Path) -> None:
+    """Pods without readable containers would pass every rule."""
+    if kind_of(manifest) not in (*POD_KINDS, "Pod", "CronJob"):
+        return
+    found = pod_spec(manifest).get("containers")
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in cast(list[Any], found)):
+        said = "missing" if found is None else "empty" if found in ([], {}, "") else "no list of containers"
+        raise Refusal(
+            f"{name_of(manifest)}: containers: {said} ({file}). Fix: a list of containers, each with a name and an image"
+        )

@@ -278,6 +278,15 @@ def test_files_that_are_no_manifests_are_refused(tmp_path: Path, text: str) -> N
     assert "no such file" in str(CliRunner().invoke(app, ["check", str(tmp_path / "none.yaml")]).exception)
 
 
+@pytest.mark.parametrize("containers", [None, [], "web", [1]])
+def test_pods_without_readable_containers_do_not_pass(tmp_path: Path, containers: object) -> None:
+    pods = {"spec": {"containers": containers}}
+    theirs = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"template": pods}}
+    (tmp_path / "job.json").write_text(json.dumps(theirs))
+    done = CliRunner().invoke(app, ["check", str(tmp_path)])
+    assert "Job/x: containers: " in str(done.exception)
+
+
 SIZED = {
     "traffic: {rps: 40, prompt_tokens: 600, output_tokens: 150}": "traffic: {rps: 20}",
     "    nodes: 2\n": "    nodes: 2\n    parallelism: auto\n",
