@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra.apply.client import Cluster
+from infra.apply.client import ApiError, Cluster
 
 Json = dict[str, Any]
 EVERY_S = 1.0
@@ -23,12 +23,15 @@ class Standing:
 
 
 def settle(cluster: Cluster, manifests: Sequence[Json], *, within_s: float, say: Callable[[str], None]) -> None:
-    """Return when all of `manifests` that run are as they should be. Raises `Unsettled`."""
+    """Return when all of `manifests` that run are as they should be. Raises `Unsettled`, `ApiError` where the API server refuses.
+
+    One that does not answer for a while, as while it is upgraded, is asked again.
+    """
     running = [m for m in manifests if m["kind"] in ("Job", "Deployment")]
     until = time.monotonic() + within_s
     told = ""
     while True:
-        standings = [_standing(cluster.find(manifest), manifest) for manifest in running]
+        standings = _standings(cluster, running)
         if failed := [standing.what for standing in standings if standing.failed]:
             raise Unsettled("; ".join(failed))
         waiting = [standing.what for standing in standings if not standing.done]
@@ -40,6 +43,15 @@ def settle(cluster: Cluster, manifests: Sequence[Json], *, within_s: float, say:
         if time.monotonic() > until:
             raise Unsettled(f"not settled within {within_s:.0f} s: {text}")
         time.sleep(EVERY_S)
+
+
+def _standings(cluster: Cluster, running: Sequence[Json]) -> list[Standing]:
+    try:
+        return [_standing(cluster.find(manifest), manifest) for manifest in running]
+    except ApiError as error:
+        if error.status:
+            raise
+        return [Standing(False, str(error))]
 
 
 def _standing(live: Json | None, manifest: Json) -> Standing:

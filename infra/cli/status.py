@@ -1,25 +1,32 @@
 """`slipway status`: a live stack in people's words: what runs, what waits and why, and where it differs from its file."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from infra import live
-from infra.apply import Cluster
+from infra.apply import Cluster, Unsettled, settle
 from infra.cli import local
 from infra.cli.apply import Kubeconfig
+from infra.cli.cluster import sayer
 from infra.cli.project import AsJson, StackName, me, people, print_json, stack_file
 from infra.cli.target import cluster_of, local_state, told
 from infra.spec import load
 
+Json = dict[str, Any]
 COLOURS = {"ready": "green", "done": "green", "failing": "bold red", "full": "yellow", "waiting": "yellow"}
 
 
 def status(
     stack: StackName = "dev",
     kubeconfig: Kubeconfig = None,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0, help="First wait, these seconds at most, for Jobs and Deployments.")
+    ] = 0,
     drift: Annotated[
         bool, typer.Option("--drift/--no-drift", help="Hold what is there against what the stack file declares.")
     ] = True,
@@ -27,7 +34,8 @@ def status(
 ) -> None:
     """Say how a live stack is doing: roll-outs, training, autoscaling, what is Pending and why, drift.
 
-    Of a stack that `slipway local up` runs here, or of the cluster. Exits 1 when something of it fails.
+    Of a stack that `slipway local up` runs here, or of the cluster. Exits 1 when something of it fails, or with --wait when it is
+    not settled in time: after `pulumi up`, what `slipway apply --wait` does by itself.
     """
     spec = load(stack_file(stack))
     if local_state(stack, kubeconfig):
@@ -36,9 +44,11 @@ def status(
     namespace = spec.platform.namespace
     with told(stack, namespace):
         cluster = cluster_of(kubeconfig)
+        declared = _declared(stack) if wait or drift else ()
+        unsettled = _waited(cluster, declared, wait) if wait else None
         seen = live.snapshot(cluster, namespace)
         lines, training = live.explain(seen), live.training_of(cluster, seen, namespace)
-        differences = _drift(cluster, stack) if drift else None
+        differences = live.differences(cluster, declared) if drift else None
     if json:
         print_json(
             {
@@ -47,19 +57,32 @@ def status(
                 "workloads": [line.to_json() for line in lines],
                 "training": training.to_json() if training else None,
                 "drift": None if differences is None else [difference.to_json() for difference in differences],
+                "unsettled": unsettled,
             }
         )
     else:
         _show(lines, training)
         _show_drift(differences, stack=stack)
-    if any(line.state == "failing" for line in lines):
+    if unsettled:
+        people.print(f"[bold red]error:[/] {escape(unsettled)}")
+    if unsettled or any(line.state == "failing" for line in lines):
         raise typer.Exit(1)
 
 
-def _drift(cluster: Cluster, stack: str) -> list[live.Difference]:
+def _declared(stack: str) -> Sequence[Json]:
+    """The stack's objects as its file has them."""
     from infra.render import render  # Pulumi's import takes a second
 
-    return live.differences(cluster, render(stack_file(stack), None).manifests)
+    return render(stack_file(stack), None).manifests
+
+
+def _waited(cluster: Cluster, declared: Sequence[Json], within_s: float) -> str | None:
+    """Why the stack is not settled after all that time; None where it is."""
+    try:
+        settle(cluster, declared, within_s=within_s, say=sayer())
+    except Unsettled as error:
+        return str(error)
+    return None
 
 
 def _show(lines: list[live.Line], training: live.Training | None) -> None:

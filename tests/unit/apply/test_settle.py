@@ -4,19 +4,22 @@ from typing import Any
 
 import pytest
 
-from infra.apply import Unsettled, settle
+from infra.apply import ApiError, Unsettled, settle
 
 Json = dict[str, Any]
 
 
 class Recorded:
-    """A cluster that answers with recorded states, each once, the last for ever."""
+    """A cluster that answers with recorded states or refusals, each once, the last for ever."""
 
-    def __init__(self, *states: Json | None) -> None:
+    def __init__(self, *states: Json | ApiError | None) -> None:
         self.states = list(states)
 
     def find(self, _: Json) -> Json | None:
-        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, ApiError):
+            raise state
+        return state
 
 
 def job(**status: Any) -> Json:
@@ -29,9 +32,9 @@ def deployment(*, generation: int = 2, seen: int = 2, **status: Any) -> Json:
     return {"kind": "Deployment", "metadata": metadata, "spec": {"replicas": 2}, "status": whole}
 
 
-def run(*states: Json | None, within_s: float = 30.0) -> list[str]:
+def run(*states: Json | ApiError | None, within_s: float = 30.0) -> list[str]:
     said: list[str] = []
-    manifest = next(state for state in states if state)
+    manifest = next(state for state in states if isinstance(state, dict))
     settle(Recorded(*states), [manifest], within_s=within_s, say=said.append)  # type: ignore[arg-type]
     return said
 
@@ -64,3 +67,13 @@ def test_a_roll_out_without_progress_is_told() -> None:
 def test_an_object_that_is_gone_is_told() -> None:
     with pytest.raises(Unsettled, match="gone"):
         run(None, job(), within_s=0)
+
+
+def test_an_api_server_that_is_away_for_a_while_is_asked_again() -> None:
+    complete = {"type": "Complete", "status": "True"}
+    away = ApiError("https://api does not answer", status=0)
+    assert run(away, job(succeeded=2, conditions=[complete])) == ["waiting for https://api does not answer"]
+    with pytest.raises(Unsettled, match="does not answer"):
+        run(away, job(), within_s=0)
+    with pytest.raises(ApiError, match="forbidden"):
+        run(ApiError("jobs is forbidden", status=403), job())
