@@ -6,6 +6,7 @@ Neither reaches the application, so neither can be answered for there.
 
 import asyncio
 import logging
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +16,7 @@ from serving.api.errors import ApiError
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 HEAD_LIMIT_BYTES = 64 << 10
+SKIPPED_BYTES = 64 << 10  # so much of a refused request's body is read for nothing, and the connection kept
 LINGER_S = 1.0  # after a refusal: closing at once, with bytes unread, would take the answer away from the client
 
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's bad bytes are no news of ours
@@ -26,7 +28,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
-        self._in_head = True
+        self._in_head, self._to_come_bytes = True, 0.0  # of the request's body
         self._head_timer: asyncio.TimerHandle | None = None
         self._refused = False
 
@@ -47,12 +49,27 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
+        fields = dict(self.headers)
+        self._to_come_bytes = math.inf if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._to_come_bytes -= len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head = True  # whatever comes next on this connection is the next request's head
+        self._in_head, self._to_come_bytes = (
+            True,
+            0.0,
+        )  # whatever comes next on this connection is the next request's head
+
+    def on_response_complete(self) -> None:
+        """Of a large body that was refused before it had come the rest is not read."""
+        super().on_response_complete()
+        if self._to_come_bytes > SKIPPED_BYTES and not self.transport.is_closing():
+            self._hang_up()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -69,17 +86,22 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         if self._refused or self.transport.is_closing():
             return
-        self._refused = True
         if self.cycle is None or self.cycle.response_complete:
             response = error.response()
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
             lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([head, *lines, b"connection: close\r\n\r\n", bytes(response.body)]))
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(LINGER_S, self.transport.close)
+            self._hang_up()
         else:
+            self._refused = True
             self.transport.close()
+
+    def _hang_up(self) -> None:
+        self._refused = True
+        self.flow.pause_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -114,6 +114,7 @@ async def serve(source: Package | Channel, settings: Settings, sockets: Sockets)
             server.should_exit = True
         await asyncio.wait([*webs, model, stopping])
         await context.sessions.close()
+        context.clerk.close()
         if context.spans is not None:
             await asyncio.to_thread(context.spans.close)
     return 1 if cut else 0

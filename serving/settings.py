@@ -12,9 +12,9 @@ from serving.errors import Refused
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What a graph, which has weights of its own, can do nothing with.
-NOT_ONNX = ("dtype", "quantize", "adapters", "adapters_dir", "tensor_parallel_size")
+NOT_ONNX = ("attention", "dtype", "quantize", "adapters", "adapters_dir", "tensor_parallel_size")
 # What one process keeps for itself alone.
-NOT_SPLIT = ("kv_spill",)
+NOT_SPLIT = ("kv_spill", "attention")
 UNITS_BYTES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -34,6 +34,7 @@ class Settings:
     quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
     speculate_tokens: int = 0  # guessed from the text so far and checked in one step; 0: none
     device: str = "auto"
+    attention: str = "sdpa"  # flash: FlashAttention and CUDA graphs
     tensor_parallel_size: int = 1  # processes that share one model, on one machine
     adapters: tuple[str, ...] = ()  # NAME=SOURCE: a directory in PEFT's layout, a registry entry or a channel file
     adapters_dir: str | None = None  # each directory in it is an adapter, by its own name
@@ -133,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
         help="guess up to N tokens ahead where the text repeats itself (0 to 16)",
     )  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
+    p.add_argument(
+        "--attention", choices=("sdpa", "flash"), default=Settings.attention,
+        help="flash: FlashAttention where keys and values lie, and CUDA graphs; on a GPU, in bfloat16",
+    )  # fmt: skip
     p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
     p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")
     _add_engine_flags(p)

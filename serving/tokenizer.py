@@ -17,6 +17,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+CHARS_PER_TOKEN = 4  # about as many as text has; only time depends on it
 
 
 class Tokenizer:
@@ -46,6 +47,17 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of `text`; `special` lets the package's own post-processing add its begin-of-text token."""
         return self._backend.encode(text, add_special_tokens=special).ids
+
+    def encode_at_most(self, text: str, most: int, *, special: bool) -> list[int] | None:
+        """Ids of `text`; None when there are more than `most`, which its beginning tells before the whole is read."""
+        chars = CHARS_PER_TOKEN * most
+        while chars < len(text):
+            # Where the beginning is cut a word may fall into more tokens than it has as a whole, by its bytes at most.
+            if len(self.encode(text[:chars], special=special)) > most + self.longest_token_bytes:
+                return None
+            chars *= 2
+        ids = self.encode(text, special=special)
+        return ids if len(ids) <= most else None
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)

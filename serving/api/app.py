@@ -1,11 +1,12 @@
 """The HTTP application: its routes, each described truly in `/openapi.json`, and errors in OpenAI's shape."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serving import logs
@@ -25,7 +26,6 @@ from serving.api.protocol import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    parse,
 )
 from serving.api.sse import ClientGone, EventStream, read_body, until_disconnect
 from serving.api.web import Conversation, Login, add_chat_page
@@ -37,6 +37,7 @@ BODIES = [
 ]  # fmt: skip
 BODY_LIMIT_BYTES = 4 << 20
 BODY_TIMEOUT_S = 30.0
+R = TypeVar("R", bound=BaseModel)
 ASK_ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
@@ -133,7 +134,7 @@ def _add_generation(app: FastAPI, context: Context) -> None:
         openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        body = parse(CompletionRequest, await _body(request))
+        body = await _read(context, CompletionRequest, request)
         answer = await Completion.start(context, body, Caller.of(request))
         return await _answer(request, answer, answer.events if body.stream else None)
 
@@ -143,7 +144,7 @@ def _add_generation(app: FastAPI, context: Context) -> None:
         openapi_extra=takes(ChatRequest),
     )
     async def chat_completions(request: Request) -> Response:
-        body = parse(ChatRequest, await _body(request))
+        body = await _read(context, ChatRequest, request)
         answer = await Chat.start(context, body, Caller.of(request))
         return await _answer(request, answer, answer.events if body.stream else None)
 
@@ -153,28 +154,30 @@ def _add_generation(app: FastAPI, context: Context) -> None:
         openapi_extra=takes(EmbeddingRequest),
     )
     async def embeddings(request: Request) -> Response:
-        body = parse(EmbeddingRequest, await _body(request))
+        body = await _read(context, EmbeddingRequest, request)
         return await _answer(request, await Embeddings.start(context, body, Caller.of(request)), None)
 
 
 def _add_text(app: FastAPI, context: Context) -> None:
-    errors = documented(400, 401, 404, 408, 413, 503)
+    errors = documented(400, 401, 404, 408, 413, 429, 503)
 
     @app.post(
         "/v1/tokenize", responses={200: answers.of(answers.TOKENS), **errors}, openapi_extra=takes(TokenizeRequest)
     )
     async def _tokenize(request: Request) -> JSONResponse:
-        return JSONResponse(await tokenize(context, parse(TokenizeRequest, await _body(request))))
+        return JSONResponse(await tokenize(context, await _read(context, TokenizeRequest, request)))
 
     @app.post(
         "/v1/detokenize", responses={200: answers.of(answers.TEXT), **errors}, openapi_extra=takes(DetokenizeRequest)
     )
     async def _detokenize(request: Request) -> JSONResponse:
-        return JSONResponse(await detokenize(context, parse(DetokenizeRequest, await _body(request))))
+        return JSONResponse(await detokenize(context, await _read(context, DetokenizeRequest, request)))
 
 
-async def _body(request: Request) -> bytes:
-    return await read_body(request, limit_bytes=BODY_LIMIT_BYTES, timeout_s=BODY_TIMEOUT_S)
+async def _read(context: Context, kind: type[R], request: Request) -> R:
+    return await context.clerk.read(
+        kind, await read_body(request, limit_bytes=BODY_LIMIT_BYTES, timeout_s=BODY_TIMEOUT_S)
+    )
 
 
 async def _answer(request: Request, answer: Answer, events: Callable[[], Any] | None) -> Response:

@@ -95,11 +95,11 @@ def _caller(context: Context, batch: Batch, request_id: str) -> Caller:
 
 async def _answer(context: Context, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
     if endpoint == "/v1/embeddings":
-        answer = await Embeddings.start(context, parse(EmbeddingRequest, raw), caller)
+        answer = await Embeddings.start(context, await context.clerk.read(EmbeddingRequest, raw), caller)
     elif endpoint == "/v1/chat/completions":
-        answer = await Chat.start(context, _unstreamed(parse(ChatRequest, raw)), caller)
+        answer = await Chat.start(context, _unstreamed(await context.clerk.read(ChatRequest, raw)), caller)
     else:
-        answer = await Completion.start(context, _unstreamed(parse(CompletionRequest, raw)), caller)
+        answer = await Completion.start(context, _unstreamed(await context.clerk.read(CompletionRequest, raw)), caller)
     try:
         return await answer.whole()
     finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from serving.auth import PRIORITIES, Key, Keys
+from serving.clerk import Clerk
 from serving.host import ModelHost
 from serving.limits import Quota, Quotas
 from serving.pressure import MemoryWatch
@@ -43,6 +44,7 @@ class Context:
     keys: Keys | None = None  # None: everyone may ask
     spans: Spans | None = None
     quotas: Quotas = field(default_factory=Quotas)
+    clerk: Clerk = field(default_factory=Clerk)
 
 
 @dataclass(frozen=True)

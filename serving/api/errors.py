@@ -29,7 +29,7 @@ class ApiError(Exception):
         code: str | None = None, param: str | None = None, retry_after_s: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(message)
+        super().__init__(status, message)  # what it is made of again on the other side of a process's border
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
         if retry_after_s is not None:

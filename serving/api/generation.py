@@ -4,16 +4,21 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from serving import logs
 from serving.api.context import Caller, Context
 from serving.api.errors import ApiError, bad_request
+from serving.engine.background import be_patient
 from serving.engine.client import EngineError
 from serving.engine.messages import Output, SamplingParams
 from serving.host import Served
 
 INLINE_CHARS = 2_000  # up to here, encoding is quicker than handing it to a thread
+LARGE_CHARS = 32_000  # above, texts wait for one another, and for whatever else there is to compute
+PATIENT = ThreadPoolExecutor(1, "tokenizer", initializer=be_patient)
 RETRY_MAX_S = 60
 BACKGROUND_SHARE = 0.5  # of the queue: as much may requests of the class `batch` fill, and never lock out the others
 
@@ -37,11 +42,18 @@ def served_model(context: Context, model: str) -> Served:
 
 async def encode(served: Served, text: str, *, special: bool) -> list[int]:
     """Token ids of a prompt. A text that cannot fit is refused before it costs anything."""
-    if len(text) > served.max_model_len * served.tokenizer.longest_token_bytes:
-        raise context_overflow(served, f"more than {served.max_model_len}", 0)
+    most, tokenizer = served.max_model_len, served.tokenizer
     if len(text) <= INLINE_CHARS:
-        return served.tokenizer.encode(text, special=special)
-    return await asyncio.to_thread(served.tokenizer.encode, text, special=special)
+        ids = tokenizer.encode_at_most(text, most, special=special)
+    elif len(text) <= most * tokenizer.longest_token_bytes:
+        work = partial(tokenizer.encode_at_most, text, most, special=special)
+        thread = None if len(text) <= LARGE_CHARS else PATIENT
+        ids = await asyncio.get_running_loop().run_in_executor(thread, work)
+    else:
+        ids = None
+    if ids is None:
+        raise context_overflow(served, f"more than {most}", 0)
+    return ids
 
 
 async def prompt_ids(served: Served, prompt: str | list[int], *, param: str) -> list[int]:

@@ -2,23 +2,39 @@
 
 import difflib
 import json
+from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from serving.api.bounds import grammar_objection, regex_objection, schema_objection
 from serving.api.errors import bad_request
 from serving.api.messages import Message, Text, Tool, ToolChoice
 from serving.engine.messages import SamplingParams, Structure
 
 STRUCTURE_LIMIT_CHARS = 64 << 10  # of a schema, a regular expression or a grammar
+TOOLS_LIMIT_CHARS = 256 << 10
 JSON_OBJECT = '{"type": "object"}'
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]  # one error says as much as a million
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Rule = Annotated[str, Field(min_length=1, max_length=STRUCTURE_LIMIT_CHARS)]
-Ignored = Annotated[Any, Field(description="Accepted, and used for nothing: no answer depends on it.")]
+Ignored = Annotated[
+    Any,
+    BeforeValidator(lambda _: None),
+    Field(description="Accepted, and used for nothing: no answer depends on it."),
+]
 
 
 class Strict(BaseModel):
@@ -58,14 +74,25 @@ class JsonSchemaFormat(Strict):
     json_schema: JsonSchema
 
 
+def unless(objection: Callable[[str], str]) -> AfterValidator:
+    """A rule that is refused where `objection` has something to say."""
+
+    def check(rule: str) -> str:
+        if why := objection(rule):
+            raise ValueError(why)
+        return rule
+
+    return AfterValidator(check)
+
+
 class RegexFormat(Strict):
     type: Literal["regex"]
-    regex: Rule
+    regex: Annotated[Rule, unless(regex_objection)]
 
 
 class GrammarFormat(Strict):
     type: Literal["grammar"]
-    grammar: Rule
+    grammar: Annotated[Rule, unless(grammar_objection)]
 
 
 Format = Annotated[PlainFormat | JsonSchemaFormat | RegexFormat | GrammarFormat, Field(discriminator="type")]
@@ -106,11 +133,16 @@ class GenerationRequest(Strict):
             raise ValueError("'stream_options' is for stream=true only")
         return self
 
+    @model_validator(mode="after")
+    def _structure_is_harmless(self) -> "GenerationRequest":
+        _ = self.structure  # made, and refused, where the request is read: it may take a while
+        return self
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    @property
+    @cached_property
     def structure(self) -> Structure | None:
         """The form that `response_format` asks for."""
         match self.response_format:
@@ -200,6 +232,9 @@ class ChatRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("two 'tools' have one name")
+        described = sum(len(json.dumps(tool.function.parameters)) for tool in self.tools or ())
+        if described > TOOLS_LIMIT_CHARS:
+            raise ValueError(f"the schemas of 'tools' are longer than {TOOLS_LIMIT_CHARS} characters together")
         if not isinstance(self.tool_choice, str) and self.tool_choice is not None:
             if self.tool_choice.function.name not in names:
                 raise ValueError(f"'tool_choice' names '{self.tool_choice.function.name}', which is not in 'tools'")
@@ -247,8 +282,9 @@ class DetokenizeRequest(Strict):
 def json_structure(schema: Any, *, param: str) -> Structure:
     """The structure of a JSON schema. Raises `ApiError` when it is too large to compile in reasonable time."""
     text = json.dumps(schema)
-    if len(text) > STRUCTURE_LIMIT_CHARS:
-        raise bad_request(f"The schema is longer than {STRUCTURE_LIMIT_CHARS} characters", param=param)
+    too_long = f"The schema is longer than {STRUCTURE_LIMIT_CHARS} characters"
+    if why := too_long if len(text) > STRUCTURE_LIMIT_CHARS else schema_objection(schema):
+        raise bad_request(why, param=param)
     return Structure("json_schema", text)
 
 

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 T = TypeVar("T")
+NICE = 15  # of what may wait: beside one that computes all the time it gets a thirtieth of a processor, alone all of it
 
 
 def start(module: str) -> tuple["subprocess.Popen[bytes]", Connection]:

@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from serving.engine.background import in_background
 from serving.engine.messages import AdapterRef, Counters, Output, SamplingParams
 from serving.engine.model_runner import Sampled
 from serving.engine.pace import Pace, prompt_work
@@ -87,7 +85,7 @@ class Engine:
         if params.structure is None:
             self.scheduler.add(seq)
         else:
-            self._forming[seq_id] = in_background(partial(self.structures.matcher, params.structure))
+            self._forming[seq_id] = self.structures.begin(params.structure)
 
     def abort(self, seq_id: int) -> None:
         """Forgets a sequence and frees its blocks; one that has finished already is no error."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from serving.engine.attention import Pool
+from serving.engine.graphs import DecodeGraphs
 from serving.engine.messages import TokenLogprob
 from serving.engine.sampler import logprobs, sample
 from serving.engine.scheduler import Scheduled
@@ -21,7 +22,7 @@ class Sampled(NamedTuple):
 
 
 class ModelRunner:
-    def __init__(self, model: Llama, pool: Pool, *, max_model_len: int) -> None:
+    def __init__(self, model: Llama | DecodeGraphs, pool: Pool, *, max_model_len: int) -> None:
         self.model, self.pool = model, pool
         cos, sin = rope_table(model.config, positions=max_model_len)
         self.cos, self.sin = cos.to(pool.device, model.compute_dtype), sin.to(pool.device, model.compute_dtype)

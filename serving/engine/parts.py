@@ -12,7 +12,9 @@ from serving.cache import open_store
 from serving.engine.adapters import Adapters, LlamaAdapting
 from serving.engine.attention import KVPool, Pool
 from serving.engine.attention_cpu import CpuPool
+from serving.engine.attention_flash import FLASH_BLOCK_TOKENS, FlashPool
 from serving.engine.block_manager import BlockManager
+from serving.engine.graphs import DecodeGraphs
 from serving.engine.model_runner import ModelRunner, Sampled
 from serving.engine.ranks import Begin, RankedPool, Ranks
 from serving.engine.scheduler import Scheduled
@@ -67,6 +69,9 @@ def load_share(
     """What one rank computes with. Raises `Refused`."""
     device = _device(settings, shard)
     dtype = _dtype(settings, config, device)
+    if settings.attention == "flash" and (device.type != "cuda" or dtype != torch.bfloat16):
+        what = f"FlashAttention computes on CUDA in bfloat16, and this is {device.type} in {dtype}"
+        raise Refused(what, where="--attention flash", fix="Use --attention sdpa, or --device cuda --dtype bfloat16")
     form = str(dtype).removeprefix("torch.") if settings.quantize == "none" else settings.quantize
     local = narrowed(config, shard.size, where=str(root))
     if settings.quantize != "none" and not quantizable(local):
@@ -91,7 +96,9 @@ def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes
     if ranks is not None:
         ranks.meet()
     num_blocks = num_blocks_of(settings, config, device=loaded.device, dtype=loaded.dtype, max_model_len=max_model_len)
-    pool = pool_of(loaded, num_blocks=num_blocks)
+    pool, model = pool_of(loaded, num_blocks=num_blocks, attention=settings.attention), loaded.model
+    if isinstance(pool, FlashPool):
+        model = DecodeGraphs(model, pool, max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len)
     if ranks is not None:
         join(loaded.model, Shard(0, size), config, ask=ranks.ask_logits)
         ranks.send(Begin(num_blocks, max_model_len))
@@ -99,8 +106,8 @@ def torch_parts(root: Path, config: ModelConfig, settings: Settings, *, on_bytes
     layout = f"{type(pool).__name__} {loaded.dtype} {loaded.form}"
     spill = spill_of(settings, root, pool, num_blocks=num_blocks, layout=layout)
     return Parts(
-        runner=ModelRunner(loaded.model, pool, max_model_len=max_model_len),
-        blocks=BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, spill=spill),
+        runner=ModelRunner(model, pool, max_model_len=max_model_len),
+        blocks=BlockManager(num_blocks=num_blocks, block_size=block_size_of(settings), spill=spill),
         adapters=adapters_of(loaded, config, settings, Shard(0, size)),
         usage=Usage(Work.of(config, form=loaded.form, dtype=loaded.dtype), peaks_of(settings, loaded.device)),
         step_tokens=STEP_TOKENS[loaded.device.type],
@@ -113,7 +120,7 @@ def spill_of(settings: Settings, root: Path, pool: Pool, *, num_blocks: int, lay
     """Where blocks go that memory gives up, if the settings say so; `layout` is what a block's bytes depend on."""
     if settings.kv_spill is None:
         return None
-    space = namespace(root, layout=f"{layout} {BLOCK_SIZE}")
+    space = namespace(root, layout=f"{layout} {block_size_of(settings)}")
     return Spill(open_store(settings.kv_spill), pool, num_blocks=num_blocks, namespace=space)
 
 
@@ -151,13 +158,20 @@ def _kernels(config: ModelConfig, device: torch.device) -> Kernels | None:
     return found
 
 
-def pool_of(loaded: Loaded, *, num_blocks: int) -> Pool:
+def block_size_of(settings: Settings) -> int:
+    return FLASH_BLOCK_TOKENS if settings.attention == "flash" else BLOCK_SIZE
+
+
+def pool_of(loaded: Loaded, *, num_blocks: int, attention: str = "sdpa") -> Pool:
     """Memory for the keys and values of the heads that this rank has."""
     config = loaded.model.config
     shape = {"layers": config.layers, "num_blocks": num_blocks, "kv_heads": config.kv_heads}
     if loaded.kernels is not None:
         return CpuPool(loaded.kernels, **shape, head_dim=config.head_dim, dtype=loaded.dtype)
-    return KVPool(**shape, head_dim=config.head_dim, block_size=BLOCK_SIZE, dtype=loaded.dtype, device=loaded.device)
+    where = {"dtype": loaded.dtype, "device": loaded.device}
+    if attention == "flash":
+        return FlashPool(**shape, block_size=FLASH_BLOCK_TOKENS, head_dim=config.head_dim, **where)
+    return KVPool(**shape, block_size=BLOCK_SIZE, head_dim=config.head_dim, **where)
 
 
 def _dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -182,8 +196,9 @@ def num_blocks_of(
 
     A block's bytes are those of all ranks together, which on GPUs have memory each.
     """
-    per_block = BLOCK_SIZE * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
-    per_seq = -(-max_model_len // BLOCK_SIZE)
+    block_size = block_size_of(settings)
+    per_block = block_size * config.kv_bytes_per_token(bytes_per_value=dtype.itemsize)
+    per_seq = -(-max_model_len // block_size)
     if settings.kv_bytes is not None:
         num_blocks = settings.kv_bytes // per_block
     else:

@@ -3,7 +3,8 @@
 The automata are llguidance's, whose limits on states and steps also bound what a hostile expression can cost.
 """
 
-import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serving.engine.background import be_patient
 from serving.engine.messages import Structure
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 # What one expression may cost at once: nested counts such as (a{1000}){1000} took 4 s with the library's own million,
 # and 0.1 s of a thread with this; lists of forty objects with twenty patterns still pass.
 LEXER_FUEL = 50_000
+KEPT = 32  # structures that were asked for of late: most clients have a few, and send them again and again
 
 
 class Matcher:
@@ -44,24 +47,45 @@ class Matcher:
     def advance(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
 
+    def copy(self) -> "Matcher":
+        return Matcher(self._matcher.deep_copy())
+
 
 class Structures:
-    """Makes matchers for one model's tokens."""
+    """Makes matchers for one model's tokens, one after another, by a thread that all others go before."""
 
     def __init__(self, root: Path, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._root, self._vocab_size, self._eos_ids = root, vocab_size, eos_ids
         self._tokenizer: llguidance.LLTokenizer | None = None  # made at the first use: it takes a while
-        self._lock = threading.Lock()  # one thread makes it, and the others wait
+        self._made: OrderedDict[Structure, Matcher | ValueError] = OrderedDict()  # the last used one last
+        self._thread = ThreadPoolExecutor(1, "structures", initializer=be_patient)
 
-    def matcher(self, structure: Structure) -> Matcher:
-        """A matcher at the beginning of `structure`; called by a thread. Raises `ValueError` when there can be none."""
+    def begin(self, structure: Structure) -> "Future[Matcher]":
+        """A matcher at the beginning of `structure`, or the `ValueError` that says why there can be none."""
+        return self._thread.submit(self._matcher, structure)
+
+    def _matcher(self, structure: Structure) -> Matcher:
+        if structure not in self._made:
+            try:
+                self._made[structure] = self._compile(structure)
+            except ValueError as error:
+                self._made[structure] = error
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(structure)
+        match self._made[structure]:
+            case Matcher() as made:
+                return made.copy()
+            case error:
+                raise error
+
+    def _compile(self, structure: Structure) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-        with self._lock:
-            if self._tokenizer is None:
-                text = (self._root / "tokenizer.json").read_text(encoding="utf-8")
-                eos = sorted(self._eos_ids) or None
-                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
+        if self._tokenizer is None:
+            text = (self._root / "tokenizer.json").read_text(encoding="utf-8")
+            eos = sorted(self._eos_ids) or None
+            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos and eos[0])
         compile_ = {
             # Free space between the parts would let a small model write nothing but space until its tokens run out.
             "json_schema": partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}),
