@@ -1,16 +1,20 @@
 """A real cluster, and the repository's own `dev` stack on it, by the commands that a user types.
 
 Collected only when asked for: `pytest tests/e2e`. Where no cluster can be had, all are skipped by name, with what is missing.
-SLIPWAY_E2E_KEEP=1 leaves the cluster up at the end.
+The cluster is the tests' own, beside none of the user's, and begins from nothing. SLIPWAY_E2E_KEEP=1 takes the one that the run
+before kept, and keeps it.
 """
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,9 @@ import pytest
 import yaml
 
 from infra.apply import ApiError, Cluster
-from infra.clouds.local import Places
+from infra.clouds.local import Places, kind
 from infra.clouds.local.golang import MODULES, build
+from tests.e2e.bringing import has_pulumi, pulumi_up
 from tests.e2e.watching import Prometheus
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +32,18 @@ SLIPWAY = Path(sys.executable).with_name("slipway")
 HERE = Path(__file__).parent
 Json = dict[str, Any]
 PROMETHEUS = "http://prometheus-operated.monitoring:9090"
-# `dev` as it is, but for less training, and measured often.
-BRIEF = {"training.steps": 60, "monitoring": {"prometheus_url": PROMETHEUS, "scrape_interval_s": 5}}
+# `dev` as it is, but for less training, saved and measured often, and with as much more of two CPUs as there is.
+BRIEF = {
+    "training.steps": 120,
+    "training.resources": {"cpus": 0.25, "memory_gib": 1.5},
+    "training.checkpoint": {"every_steps": 5, "keep": 2},
+    "monitoring": {"prometheus_url": PROMETHEUS, "scrape_interval_s": 5},
+}
 SETTLED_S = 1500
+ADD_ONS = ("monitoring",)
+KEPT = os.environ.get("SLIPWAY_E2E_KEEP") == "1"
+STATE = Path.home() / ".local" / "state" / "slipway-e2e"
+"""Where the tests' cluster is, and no other."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,14 +64,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("e2e")
 
 
+Tell = Callable[[str], None]
+
+
 def slipway(
-    *words: str, cwd: Path = ROOT, kubeconfig: Path | None = None, check: bool = True
+    *words: str, cwd: Path = ROOT, kubeconfig: Path | None = None, check: bool = True, tell: Tell = lambda _: None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command; what it said is in the report of a test that fails."""
+    """Run the command; what it said is in the report of a test that fails, and its progress goes to `tell` as it comes."""
     environment = {name: value for name, value in os.environ.items() if name != "KUBECONFIG"}
     if kubeconfig:
         environment["KUBECONFIG"] = str(kubeconfig)
-    done = subprocess.run([SLIPWAY, *words], capture_output=True, text=True, cwd=cwd, env=environment)
+    said = list[str]()
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(
+            [SLIPWAY, *words], stdout=output, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
+        ) as process,
+    ):
+        assert process.stderr
+        try:
+            for line in process.stderr:
+                said.append(line)
+                tell(line.rstrip())
+        except BaseException:
+            process.kill()  # who was interrupted takes the cluster down, and nobody else may be at work on it
+            raise
+        process.wait()
+        output.seek(0)
+        done = subprocess.CompletedProcess(words, process.returncode, output.read(), "".join(said))
     print(f"$ slipway {' '.join(words)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     if check:
         assert done.returncode == 0, f"slipway {' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}"
@@ -65,15 +99,42 @@ def slipway(
 
 
 @pytest.fixture(scope="session")
-def kubeconfig() -> Iterator[Path]:
-    """The cluster that a test run has: up, and down at its end."""
-    done = slipway("cluster", "up", "--with", "monitoring", "--json", check=False)
-    if done.returncode == 2:
-        pytest.skip(f"no cluster can be had here: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    yield Path(json.loads(done.stdout)["kubeconfig"])
-    if os.environ.get("SLIPWAY_E2E_KEEP") != "1":
-        slipway("cluster", "down")
+def tell(request: pytest.FixtureRequest) -> Tell:
+    """Says a line to whoever waits at the terminal: what a cold machine builds takes it minutes."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            print(line, file=sys.stderr, flush=True)
+
+    return say
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state() -> Iterator[None]:
+    """What tests ask of a cluster by themselves is the tests' too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(STATE))
+        yield
+
+
+@pytest.fixture(scope="session")
+def kubeconfig(tell: Tell) -> Iterator[Path]:
+    """The cluster of a run: nothing of one before it, and nothing of it after, however it ends."""
+    # A request to end is heard as Ctrl-C is, which lets fixtures clean up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not KEPT:
+        slipway("cluster", "down", tell=tell)
+    try:
+        done = slipway("cluster", "up", *(f"--with={name}" for name in ADD_ONS), "--json", check=False, tell=tell)
+        if done.returncode == 2:
+            pytest.skip(f"no cluster can be had here: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        yield Path(json.loads(done.stdout)["kubeconfig"])
+    finally:
+        if not KEPT:
+            slipway("cluster", "down", tell=tell)
+            shutil.rmtree(STATE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -104,12 +165,36 @@ def write_stack(project: Path, changes: dict[str, Any]) -> None:
     (project / "stacks" / "Pulumi.dev.yaml").write_text(yaml.safe_dump(document))
 
 
+def bring(project: Path, kubeconfig: Path, *, tell: Tell) -> Json:
+    """The stack as its file is now, up to the ready server: what was created, changed and removed for that."""
+    if has_pulumi():
+        made = pulumi_up(project, root=ROOT, state=STATE / "pulumi", kubeconfig=kubeconfig, tell=tell)
+    else:
+        done = slipway("apply", "-s", "dev", "--json", cwd=project, kubeconfig=kubeconfig, tell=tell)
+        made = json.loads(done.stdout)
+        made = {name: len(made[name]) for name in ("created", "changed", "removed")}
+    slipway("status", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig, tell=tell)
+    return made
+
+
+def build_images(*words: str, tell: Tell = lambda _: None) -> None:
+    """Of `dev`, on a base image that is made here where none is pulled."""
+    base = () if kind.is_possible() else ("--base", "bootstrap")
+    slipway("images", "build", "-s", "dev", *base, *words, tell=tell)
+
+
 @pytest.fixture(scope="session")
-def settled(kubeconfig: Path, project: Path) -> Json:
-    """The stack, with its images, up to the ready server: what `slipway apply` says that it made."""
-    slipway("images", "build", "-s", "dev", "--base", "bootstrap", cwd=ROOT)
-    done = slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), "--json", cwd=project, kubeconfig=kubeconfig)
-    return json.loads(done.stdout)
+def archives(kubeconfig: Path, tell: Tell) -> Iterator[Path]:
+    """The images of `dev`, given to the cluster; a folder with an archive of each that was not there."""
+    with tempfile.TemporaryDirectory(dir=Places.of_user().cache) as out:
+        build_images("--out", out, tell=tell)
+        yield Path(out)
+
+
+@pytest.fixture(scope="session")
+def settled(archives: Path, kubeconfig: Path, project: Path, tell: Tell) -> Json:
+    """The stack, with its images, up to the ready server."""
+    return bring(project, kubeconfig, tell=tell)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Story 1: from nothing to an answer, by one command; and again without a change."""
+"""Story 1: from nothing to an answer, by one command (`bringing` says which); and again without a change."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from openai import OpenAI
 
 from infra.apply import Cluster
-from tests.e2e.conftest import slipway
+from tests.e2e.conftest import Tell, bring, slipway
 
 Json = dict[str, Any]
 
@@ -37,8 +37,18 @@ def test_the_openai_client_streams_through_the_router(endpoint: str) -> None:
     assert "".join(pieces)
 
 
-def test_a_second_apply_changes_nothing(
-    settled: Json, kubeconfig: Path, project: Path, cluster: Cluster, namespace: str
+def test_a_person_is_told_how_it_is_and_gets_an_answer(settled: Json, kubeconfig: Path, project: Path) -> None:
+    of = {"cwd": project, "kubeconfig": kubeconfig}
+    status = json.loads(slipway("status", "-s", "dev", "--json", **of).stdout)
+    assert {workload["state"] for workload in status["workloads"]} <= {"ready", "done"}
+    assert (status["drift"], status["unsettled"]) == ([], None)
+    lines = slipway("logs", "train", "-s", "dev", **of).stdout.splitlines()
+    assert sum('"event": "done"' in line for line in lines) >= 1
+    assert slipway("chat", "def read(", "-s", "dev", "--max-tokens", "8", "--temperature", "0", **of).stdout.strip()
+
+
+def test_a_second_time_changes_nothing(
+    settled: Json, kubeconfig: Path, project: Path, cluster: Cluster, namespace: str, tell: Tell
 ) -> None:
     def restarts() -> dict[str, int]:
         pods = cluster.get(f"/api/v1/namespaces/{namespace}/pods")["items"]
@@ -48,7 +58,5 @@ def test_a_second_apply_changes_nothing(
         }
 
     before = restarts()
-    done = slipway("apply", "-s", "dev", "--wait", "120", "--json", cwd=project, kubeconfig=kubeconfig)
-    again = json.loads(done.stdout)
-    assert (again["created"], again["changed"], again["removed"]) == ([], [], [])
+    assert bring(project, kubeconfig, tell=tell) == {"created": 0, "changed": 0, "removed": 0}
     assert restarts() == before

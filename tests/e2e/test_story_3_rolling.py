@@ -63,7 +63,7 @@ def test_pods_that_never_get_ready_take_nothing_over(
 def test_a_new_model_is_swapped_in(endpoint: str, kubeconfig: Path, project: Path, namespace: str) -> None:
     """Another number of steps: trained again on the same data, judged, published, served; the old one answers until then."""
     before = served_digest(kubeconfig, namespace)
-    write_stack(project, {"services.0.max_num_seqs": 4, "training.steps": 70})
+    write_stack(project, {"services.0.max_num_seqs": 4, "training.steps": 40})
     with under_load(endpoint, model="pylib") as load:
         done = slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
     assert "job/data" not in done.stderr, "the data was prepared again"

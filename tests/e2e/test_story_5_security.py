@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from infra.apply import ApiError, Cluster
+from tests.e2e.pods import CALLER, image_of, may_call, pod
 
 Json = dict[str, Any]
 KNOCK = """
@@ -18,36 +19,6 @@ for host, port in (pair.split(":") for pair in sys.argv[1:]):
     except OSError as error:
         print("closed")
 """
-
-
-def pod(
-    name: str, namespace: str, image: str, command: list[str], *, labels: dict[str, str] | None = None, **spec: Any
-) -> Json:
-    """A pod that Pod Security `restricted` takes."""
-    container = {
-        "name": "main",
-        "image": image,
-        "command": command,
-        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
-    }
-    security = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace, "labels": labels or {}},
-        "spec": {"restartPolicy": "Never", "securityContext": security, "containers": [container], **spec},
-    }
-
-
-def image_of(cluster: Cluster, namespace: str) -> str:
-    """The server's image, which has a Python."""
-    deployment = cluster.get(f"/apis/apps/v1/namespaces/{namespace}/deployments/chat")
-    return deployment["spec"]["template"]["spec"]["containers"][0]["image"]
 
 
 def knock(
@@ -101,19 +72,8 @@ def test_who_may_call_whom_within_the_stack(
     """Pods of the namespace may call the router by name, and neither the server behind it nor the Kubernetes API."""
     api = "kubernetes.default.svc.cluster.local:443"
     command = ["python", "-c", KNOCK, "router:8080", "chat:8000", api]
-    # What lets this pod call is a policy of its own: the stack's own pods have theirs, and a default of nothing.
-    caller = pod("caller", namespace, image_of(cluster, namespace), command, labels={"test": "caller"})
-    policy = {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": "test-caller", "namespace": namespace},
-        "spec": {
-            "podSelector": {"matchLabels": {"test": "caller"}},
-            "policyTypes": ["Egress"],
-            "egress": [{"to": [{"podSelector": {}}]}],
-        },
-    }
-    cluster.apply(policy)
+    caller = pod("caller", namespace, image_of(cluster, namespace), command, labels=CALLER)
+    cluster.apply(may_call(namespace))
     cluster.apply(caller)
     try:
         kubectl("-n", namespace, "wait", "pod/caller", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=180s")

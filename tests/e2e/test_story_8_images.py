@@ -12,7 +12,7 @@ from tarfile import TarInfo
 import pytest
 
 from infra.images import contents
-from tests.e2e.conftest import slipway
+from tests.e2e.conftest import build_images
 
 NAMES = ("trainer", "serving", "router")
 SHARED = 2
@@ -23,16 +23,16 @@ COMPILERS = {"gcc", "g++", "cc", "c++", "clang", "ld", "as", "make"}
 
 
 @pytest.fixture(scope="module")
-def archives(kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images of `dev`, an archive each."""
-    out = tmp_path_factory.mktemp("images")
-    slipway("images", "build", "-s", "dev", "--base", "bootstrap", "--no-load", "--out", str(out))
-    return out
+def all_archives(archives: Path) -> Path:
+    """The images of `dev`, an archive each, also where the cluster had them."""
+    if not all((archives / f"{name}.tar").exists() for name in NAMES):
+        build_images("--no-load", "--out", str(archives))
+    return archives
 
 
 @pytest.fixture(params=NAMES)
-def archive(request: pytest.FixtureRequest, archives: Path) -> Path:
-    return archives / f"{request.param}.tar"
+def archive(request: pytest.FixtureRequest, all_archives: Path) -> Path:
+    return all_archives / f"{request.param}.tar"
 
 
 def programs(archive: Path) -> Iterator[TarInfo]:
@@ -65,8 +65,8 @@ def test_it_says_what_it_holds(archive: Path) -> None:
     assert not names & {"bash", "dash", "pip", "uv", "gcc"}
 
 
-def test_trainer_and_server_share_what_both_need(archives: Path) -> None:
-    trainer, serving = (contents.read(archives / f"{name}.tar").layers for name in ("trainer", "serving"))
+def test_trainer_and_server_share_what_both_need(all_archives: Path) -> None:
+    trainer, serving = (contents.read(all_archives / f"{name}.tar").layers for name in ("trainer", "serving"))
     assert trainer[:SHARED] == serving[:SHARED]
     assert not set(trainer[SHARED:]) & set(serving[SHARED:])
 
@@ -75,8 +75,10 @@ def test_trainer_and_server_share_what_both_need(archives: Path) -> None:
     os.environ.get("SLIPWAY_E2E_REBUILD") != "1",
     reason="SLIPWAY_E2E_REBUILD=1 builds the images again, for ten minutes",
 )
-def test_another_store_makes_the_same_images(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_store_makes_the_same_images(
+    all_archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    slipway("images", "build", "-s", "dev", "--base", "bootstrap", "--no-load", "--out", str(tmp_path))
+    build_images("--no-load", "--out", str(tmp_path))
     for name in NAMES:
-        assert contents.read(tmp_path / f"{name}.tar") == contents.read(archives / f"{name}.tar")
+        assert contents.read(tmp_path / f"{name}.tar") == contents.read(all_archives / f"{name}.tar")
