@@ -217,6 +217,15 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _warm_up_ends(self) -> "TrainConfig":
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} is above steps {self.steps}: lr {self.optim.lr:g} would "
+                f"never be reached; set it to at most {self.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context_fits(self) -> "TrainConfig":
         if self.seq > self.model.max_context:
             raise ValueError(

@@ -8,6 +8,7 @@ Sizes in shapes: B sequences, L positions, D hidden, H heads, K key/value heads,
 
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,20 @@ def turn(x_BHLW: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> Tensor:
     return (x_BHLW * cos_LW + x_BHLW.roll(x_BHLW.shape[-1] // 2, -1) * sin_LW).to(x_BHLW.dtype)
 
 
+class Sight(NamedTuple):
+    """What each position sees, said in two ways: a mask that is true there, and the first position of all up to itself."""
+
+    mask_B1LL: Tensor
+    first_BL: Tensor
+
+
 class SameDocument(nn.Module):
     """Who may look at whom; no parameters."""
 
-    def forward(self, documents_BL: Tensor) -> Tensor:
-        """(B, 1, L, L), true where a position sees: itself and what came before it in its own document."""
-        same_BLL = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
-        return same_BLL.tril_().unsqueeze(1)
+    def forward(self, documents_BL: Tensor) -> Sight:
+        """Each position sees itself and what came before it in its own document."""
+        same_BLL = (documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)).tril_()
+        return Sight(same_BLL.unsqueeze(1), same_BLL.byte().argmax(-1))
 
 
 class RMSNorm(nn.Module):
@@ -96,10 +104,17 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
         """`mask_B1LL` is true where a position may look; without it each sees all that came before."""
-        cos_LW, sin_LW = cos_LW[: x_BLD.shape[1]], sin_LW[: x_BLD.shape[1]]
+        length = x_BLD.shape[1]
+        return self.join(self.attend(*self.split(x_BLD, cos_LW[:length], sin_LW[:length]), mask_B1LL))
+
+    def split(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned, and values: (B, H, L, W) and twice (B, K, L, W)."""
         q_BHLW = turn(self._heads(self.q_proj(x_BLD), self.q_norm), cos_LW, sin_LW)
         k_BKLW = turn(self._heads(self.k_proj(x_BLD), self.k_norm), cos_LW, sin_LW)
-        y_BHLW = self.attend(q_BHLW, k_BKLW, self._heads(self.v_proj(x_BLD)), mask_B1LL)
+        return q_BHLW, k_BKLW, self._heads(self.v_proj(x_BLD))
+
+    def join(self, y_BHLW: Tensor) -> Tensor:
+        """What the heads found, as (B, L, D)."""
         return self.o_proj(y_BHLW.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None = None) -> Tensor:
@@ -129,13 +144,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.eps = config.norm_eps
 
-    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, mask_B1LL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, cos_LW: Tensor, sin_LW: Tensor, sight: Sight | None = None) -> Tensor:
+        mask_B1LL, first_BL = sight or (None, None)
         if self._has_kernels(x_BLD):
             attention, mlp = self.self_attn, self.mlp
             matrices = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
             into = (self.input_layernorm.weight, *(each.weight for each in matrices))
             out = (self.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-            return kernels.block(x_BLD, (*into, *out), (cos_LW, sin_LW), mask_B1LL, eps=self.eps)
+            return kernels.block(x_BLD, (*into, *out), (cos_LW, sin_LW), first_BL, eps=self.eps)
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LW, sin_LW, mask_B1LL)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
@@ -166,10 +182,10 @@ class Backbone(nn.Module):
         self.register_buffer("sin_LW", sin_LW, persistent=False)
 
     def forward(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
-        mask_B1LL = None if documents_BL is None else self.sight(documents_BL)
+        sight = None if documents_BL is None else self.sight(documents_BL)
         x_BLD = self.embed_tokens(tokens_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, self.cos_LW, self.sin_LW, mask_B1LL)
+            x_BLD = layer(x_BLD, self.cos_LW, self.sin_LW, sight)
         return self.norm(x_BLD)
 
 

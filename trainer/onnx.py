@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.errors import Refused, run_program
 from trainer.log import Log
-from trainer.model import Block, Decoder, turn
+from trainer.model import Block, Decoder
 from trainer.package import load_package
 
 _USAGE = "Usage: python -m trainer.onnx MODEL FILE.onnx"
@@ -46,19 +46,11 @@ class CachedDecoder(nn.Module):
         x_BLD, present = backbone.embed_tokens(input_ids_BL), []
         for block, (k_BKPW, v_BKPW) in zip(backbone.layers, past, strict=True):
             assert isinstance(block, Block)
-            attention, normed_BLD = block.self_attn, block.input_layernorm(x_BLD)
-            q_BLHW, k_BLKW, v_BLKW = (
-                project(normed_BLD).unflatten(-1, (-1, attention.width))
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            if attention.q_norm is not None and attention.k_norm is not None:
-                q_BLHW, k_BLKW = attention.q_norm(q_BLHW), attention.k_norm(k_BLKW)
-            q_BHLW, k_BKLW = (turn(x.transpose(1, 2), cos_B1LW, sin_B1LW) for x in (q_BLHW, k_BLKW))
-            k_BKSW = torch.cat((k_BKPW, k_BKLW), dim=2)
-            v_BKSW = torch.cat((v_BKPW, v_BLKW.transpose(1, 2)), dim=2)
+            attention = block.self_attn
+            q_BHLW, k_BKLW, v_BKLW = attention.split(block.input_layernorm(x_BLD), cos_B1LW, sin_B1LW)
+            k_BKSW, v_BKSW = torch.cat((k_BKPW, k_BKLW), dim=2), torch.cat((v_BKPW, v_BKLW), dim=2)
             present.append((k_BKSW, v_BKSW))
-            y_BHLW = F.scaled_dot_product_attention(q_BHLW, k_BKSW, v_BKSW, attn_mask=mask_B1LS, enable_gqa=True)
-            x_BLD = x_BLD + attention.o_proj(y_BHLW.transpose(1, 2).flatten(2))
+            x_BLD = x_BLD + attention.join(attention.attend(q_BHLW, k_BKSW, v_BKSW, mask_B1LS))
             x_BLD = x_BLD + block.mlp(block.post_attention_layernorm(x_BLD))
         return self.decoder.head(backbone.norm(x_BLD)), present
 

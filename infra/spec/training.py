@@ -183,6 +183,17 @@ class Training(Spec):
         return self
 
     @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.optim.warmup_steps > self.steps:
+            raise Misplaced(
+                f"{self.optim.warmup_steps} is above steps {self.steps}: lr {self.optim.lr:g} would never be reached; "
+                f"set it to at most {self.steps}",
+                "optim",
+                "warmup_steps",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_spread(self) -> Self:
         if isinstance(self.parallelism, Parallelism):
             tp = self.parallelism.tp

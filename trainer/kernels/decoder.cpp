@@ -44,8 +44,8 @@ namespace {
 
 thread_local Room panels_of[4], rooms[4];
 
-Panels pack(int number, Matrix from, long depth, long columns) {
-    return pack(from, depth, columns, panels_of[number].of(Panels::floats(depth, columns)));
+Panels panels(int number, long depth, long columns) {
+    return {panels_of[number].of(Panels::floats(depth, columns)), depth, columns};
 }
 
 long blocks_of(long rows) { return (rows + BLOCK - 1) / BLOCK; }
@@ -70,13 +70,14 @@ void turn_rows(const Block& b, long first, long rows, float sign, float* qkv) {
 void into_attention(const Block& b) {
     const long hidden = b.hidden, widths[3] = {b.queries(), b.keys(), b.keys()};
     const float* matrices[3] = {b.q, b.k, b.v};
-    Panels panels[3];
-    for (int i = 0; i < 3; ++i) panels[i] = pack(i, transposed(matrices[i], hidden), hidden, widths[i]);
+    Packing packed[3];
+    for (int i = 0; i < 3; ++i) packed[i] = {transposed(matrices[i], hidden), panels(i, hidden, widths[i])};
+    pack(packed);
     for_blocks(b.tokens(), [&](long first, long rows) {
         thread_local Room room;
         float *normed = room.of(BLOCK * hidden), *own = b.qkv + first * b.row(), *to = own;
         norm(b.x + first * hidden, b.before, rows, hidden, b.eps, b.x_scale + first, normed);
-        for (int i = 0; i < 3; to += widths[i++]) multiply(plain(normed, hidden), rows, panels[i], into(to, b.row()));
+        for (int i = 0; i < 3; to += widths[i++]) multiply(plain(normed, hidden), rows, packed[i].to, into(to, b.row()));
         turn_rows(b, first, rows, 1.0f, own);
     });
 }
@@ -93,8 +94,9 @@ void attend(const Block& b) {
 // middle = x + attended·oᵀ, out = middle + (silu(n·gateᵀ)·(n·upᵀ))·downᵀ with n the normed middle.
 void out_of_attention(const Block& b, float* out) {
     const long hidden = b.hidden, ffn = b.ffn, queries = b.queries();
-    const Panels o = pack(0, transposed(b.o, queries), queries, hidden), gate_w = pack(1, transposed(b.gate, hidden), hidden, ffn);
-    const Panels up = pack(2, transposed(b.up, hidden), hidden, ffn), down = pack(3, transposed(b.down, ffn), ffn, hidden);
+    const Panels o = panels(0, queries, hidden), gate_w = panels(1, hidden, ffn);
+    const Panels up = panels(2, hidden, ffn), down = panels(3, ffn, hidden);
+    pack({{transposed(b.o, queries), o}, {transposed(b.gate, hidden), gate_w}, {transposed(b.up, hidden), up}, {transposed(b.down, ffn), down}});
     for_blocks(b.tokens(), [&](long first, long rows) {
         thread_local Room room;
         float *normed = room.of(BLOCK * (hidden + ffn)), *opened = normed + BLOCK * hidden;
@@ -111,8 +113,9 @@ void out_of_attention(const Block& b, float* out) {
 // Leaves in `to.x` the gradient of middle, which is x's too, and in `attended` (T, A) that of what was attended to.
 void out_of_attention_back(const Block& b, const float* gradient, const Gradients& to, float* attended) {
     const long tokens = b.tokens(), hidden = b.hidden, ffn = b.ffn, queries = b.queries();
-    const Panels o = pack(0, plain(b.o, queries), hidden, queries), gate_w = pack(1, plain(b.gate, hidden), ffn, hidden);
-    const Panels up = pack(2, plain(b.up, hidden), ffn, hidden), down = pack(3, plain(b.down, ffn), hidden, ffn);
+    const Panels o = panels(0, hidden, queries), gate_w = panels(1, ffn, hidden);
+    const Panels up = panels(2, ffn, hidden), down = panels(3, hidden, ffn);
+    pack({{plain(b.o, queries), o}, {plain(b.gate, hidden), gate_w}, {plain(b.up, hidden), up}, {plain(b.down, ffn), down}});
     float *normed = rooms[0].of(tokens * hidden), *opened = rooms[1].of(tokens * ffn), *both = rooms[2].of(tokens * 2 * ffn);
     float* gains = rooms[3].of(blocks_of(tokens) * hidden);
     for_blocks(tokens, [&](long first, long rows) {
@@ -128,11 +131,11 @@ void out_of_attention_back(const Block& b, const float* gradient, const Gradient
         multiply(plain(back, hidden), rows, o, into(attended + first * queries, queries));
     });
     add_up(gains, blocks_of(tokens), hidden, to.after);
-    if (to.o) {
-        weight_gradient(plain(to.x, hidden), hidden, plain(b.attended, queries), queries, tokens, to.o);
-        weight_gradient(plain(both, 2 * ffn), 2 * ffn, plain(normed, hidden), hidden, tokens, to.both);
-        weight_gradient(plain(gradient, hidden), hidden, plain(opened, ffn), ffn, tokens, to.down);
-    }
+    if (!to.o) return;
+    const WeightGradient down_gradient = {plain(gradient, hidden), hidden, plain(opened, ffn), ffn, to.down};
+    const WeightGradient both_gradient = {plain(both, 2 * ffn), 2 * ffn, plain(normed, hidden), hidden, to.both};
+    const WeightGradient o_gradient = {plain(to.x, hidden), hidden, plain(b.attended, queries), queries, to.o};
+    weight_gradients({down_gradient, both_gradient, o_gradient}, tokens);
 }
 
 // Queries that share keys and values go one after another, since they add to the same gradients.
@@ -157,20 +160,21 @@ void attend_back(const Block& b, const float* attended, float* qkv) {
 void into_attention_back(const Block& b, float* qkv, const Gradients& to) {
     const long tokens = b.tokens(), hidden = b.hidden, widths[3] = {b.queries(), b.keys(), b.keys()};
     const float* matrices[3] = {b.q, b.k, b.v};
-    Panels panels[3];
-    for (int i = 0; i < 3; ++i) panels[i] = pack(i, plain(matrices[i], hidden), widths[i], hidden);
+    Packing packed[3];
+    for (int i = 0; i < 3; ++i) packed[i] = {plain(matrices[i], hidden), panels(i, widths[i], hidden)};
+    pack(packed);
     float *normed = rooms[0].of(tokens * hidden), *gains = rooms[3].of(blocks_of(tokens) * hidden);
     for_blocks(tokens, [&](long first, long rows) {
         thread_local Room room;
         float *back = room.of(BLOCK * hidden), *own = qkv + first * b.row(), *at = own, *x = to.x + first * hidden;
         turn_rows(b, first, rows, -1.0f, own);
         for (int i = 0; i < 3; at += widths[i++])
-            multiply(plain(at, b.row()), rows, panels[i], i ? onto(back, hidden) : into(back, hidden));
+            multiply(plain(at, b.row()), rows, packed[i].to, i ? onto(back, hidden) : into(back, hidden));
         norm_again(b.x + first * hidden, b.before, rows, hidden, b.x_scale + first, normed + first * hidden);
         norm_back(back, b.x + first * hidden, b.before, b.x_scale + first, x, rows, hidden, x, gains + first / BLOCK * hidden);
     });
     add_up(gains, blocks_of(tokens), hidden, to.before);
-    if (to.qkv) weight_gradient(plain(qkv, b.row()), b.row(), plain(normed, hidden), hidden, tokens, to.qkv);
+    if (to.qkv) weight_gradients({{plain(qkv, b.row()), b.row(), plain(normed, hidden), hidden, to.qkv}}, tokens);
 }
 
 }  // namespace
@@ -196,8 +200,8 @@ void block_backward(const Block* block, const float* gradient, const Gradients* 
 // gradients go to `x_gradient` (T, D) and `head_gradient` (V, D), each null where it is not wanted.
 double head_and_loss(long tokens, long hidden, long outputs, long at_once, const float* x, const float* head,
                      const int64_t* targets, float* x_gradient, float* head_gradient) {
-    const Panels forward = pack(0, transposed(head, hidden), hidden, outputs);
-    const Panels back = x_gradient ? pack(1, plain(head, hidden), outputs, hidden) : Panels{};
+    const Panels forward = panels(0, hidden, outputs), back = panels(1, outputs, hidden);
+    pack({{transposed(head, hidden), forward}, {plain(head, hidden), back}});
     const long row = Panels::padded(outputs);
     float* logits = rooms[0].of(std::min(at_once, tokens) * row);
     double total = 0.0;
@@ -215,7 +219,7 @@ double head_and_loss(long tokens, long hidden, long outputs, long at_once, const
         });
         for (long block = 0; block < blocks_of(count); ++block) total += losses[block];
         if (head_gradient)
-            weight_gradient(plain(logits, row), outputs, plain(x + start * hidden, hidden), hidden, count, head_gradient, start > 0);
+            weight_gradients({{plain(logits, row), outputs, plain(x + start * hidden, hidden), hidden, head_gradient, start > 0}}, count);
     }
     return total;
 }

@@ -74,14 +74,14 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def block(
-    x_BLD: Tensor, weights: Sequence[Tensor], tables: tuple[Tensor, Tensor], mask_B1LL: Tensor | None, *, eps: float
+    x_BLD: Tensor, weights: Sequence[Tensor], tables: tuple[Tensor, Tensor], first_BL: Tensor | None, *, eps: float
 ) -> Tensor:
     """A block of heads as wide as the tables of `rope_tables` and at most 256.
 
-    `weights` are those of the norm before attention, of q, k, v and o, and of the norm after it, gate, up and down. By the mask
-    each position sees all from some position on to itself.
+    `weights` are those of the norm before attention, of q, k, v and o, and of the norm after it, gate, up and down. Each
+    position sees all from `first_BL` of it (int64; without it from 0) on to itself.
     """
-    return _BlockOperation.apply(x_BLD, mask_B1LL, eps, *weights, *tables)
+    return _BlockOperation.apply(x_BLD, first_BL, eps, *weights, *tables)
 
 
 def fits(head_width: int) -> bool:
@@ -99,7 +99,7 @@ def _at(tensor: Tensor | None) -> int | None:
 
 class _BlockOperation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, eps: float, *given: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, first: Tensor | None, eps: float, *given: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, named = x.contiguous(), dict(zip(_GIVEN, given, strict=True))
         (batch, length, hidden), width, ffn = x.shape, named["cos"].shape[-1], len(named["gate"])
         queries, keys = len(named["q"]), len(named["k"])
@@ -107,7 +107,7 @@ class _BlockOperation(torch.autograd.Function):
         ctx.sizes |= {"heads": queries // width, "kv_heads": keys // width}
         tensors = {
             **named,
-            "starts": None if mask is None else mask.byte().argmax(-1).contiguous(),
+            "starts": first,
             "x": x,
             "x_scale": x.new_empty(batch, length),
             "qkv": x.new_empty(batch, length, queries + 2 * keys),

@@ -65,20 +65,45 @@ struct Panels {
     const float* panel(long k, long height, long column) const { return at + k * padded(columns) + column * height; }
 };
 
+// Of two rows the right parts of S numbers of the first and the left ones of the second change places.
+template <int S, int... I>
+static inline void swap_parts(vec& a, vec& b, std::integer_sequence<int, I...>) {
+    const vec first = __builtin_shufflevector(a, b, (I & S ? LANES + I - S : I)...);
+    b = __builtin_shufflevector(a, b, (I & S ? LANES + I : I + S)...);
+    a = first;
+}
+
+// LANES rows become columns: halves of them, then halves of those, change places across the diagonal.
+template <int S = LANES / 2>
+static inline void transpose(vec (&rows)[LANES]) {
+    UNROLLED for (int i = 0; i < LANES; ++i) {
+        if (!(i & S)) swap_parts<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
+    }
+    if constexpr (S > 1) transpose<S / 2>(rows);
+}
+
 // WIDTH columns, on this thread.
 static void pack_panels(Matrix from, long depth, long columns, long column, float* to) {
     const long width = std::min(WIDTH, columns - column);
     for (long k = 0; k < depth; k += DEPTH) {
-        const long height = std::min(DEPTH, depth - k);
+        const long height = std::min(DEPTH, depth - k), whole = from.row == 1 && width == WIDTH ? height / LANES * LANES : 0;
         float* panel = to + k * Panels::padded(columns) + column * height;
         const float* first = from.at + k * from.row + column * from.column;
         if (width < WIDTH) memset(panel, 0, height * WIDTH * sizeof(float));
-        if (from.column == 1 && width == WIDTH)
+        if (from.column == 1 && width == WIDTH) {
             for (long i = 0; i < height; ++i)
                 UNROLLED for (int v = 0; v < WIDTH; v += LANES) store(panel + i * WIDTH + v, load(first + i * from.row + v));
-        else
-            for (long j = 0; j < width; ++j)
-                for (long i = 0; i < height; ++i) panel[i * WIDTH + j] = first[i * from.row + j * from.column];
+            continue;
+        }
+        for (long i = 0; i < whole; i += LANES)
+            for (int v = 0; v < WIDTH; v += LANES) {
+                vec rows[LANES];
+                UNROLLED for (int j = 0; j < LANES; ++j) rows[j] = load(first + i + (v + j) * from.column);
+                transpose(rows);
+                UNROLLED for (int j = 0; j < LANES; ++j) store(panel + (i + j) * WIDTH + v, rows[j]);
+            }
+        for (long j = 0; j < width; ++j)
+            for (long i = whole; i < height; ++i) panel[i * WIDTH + j] = first[i * from.row + j * from.column];
     }
 }
 
@@ -87,11 +112,24 @@ static Panels pack_here(Matrix from, long depth, long columns, float* to) {
     return {to, depth, columns};
 }
 
-// The same on all threads, where that takes longer than to wake them.
-static Panels pack(Matrix from, long depth, long columns, float* to) {
-#pragma omp parallel for if (depth * columns > 1 << 16)
-    for (long column = 0; column < columns; column += WIDTH) pack_panels(from, depth, columns, column, to);
-    return {to, depth, columns};
+struct Packing {
+    Matrix from;
+    Panels to;
+};
+
+// Several on all threads, panel by panel in turn: each alone would take no longer than to wake them.
+template <size_t N>
+static void pack(const Packing (&all)[N]) {
+    const auto panels_of = [](const Packing& each) { return Panels::padded(each.to.columns) / WIDTH; };
+    long panels = 0;
+    for (const Packing& each : all) panels += panels_of(each);
+#pragma omp parallel for schedule(static, 1)
+    for (long number = 0; number < panels; ++number) {
+        const Packing* each = all;
+        long panel = number;
+        while (panel >= panels_of(*each)) panel -= panels_of(*each++);
+        pack_panels(each->from, each->to.depth, each->to.columns, panel * WIDTH, each->to.at);
+    }
 }
 
 // Where sums begin (null: at zero) and where they go; both with the same columns side by side.
@@ -200,12 +238,33 @@ static void for_blocks(long rows, F&& work) {
 }
 
 // The gradient of w in x·wᵀ: to (outputs, inputs) = gradientᵀ (tokens, outputs) · x (tokens, inputs), or added to it.
-static void weight_gradient(Matrix gradient, long outputs, Matrix x, long inputs, long tokens, float* to, bool add = false) {
-    thread_local Room room;
-    const Panels panels = pack(x, tokens, inputs, room.of(Panels::floats(tokens, inputs)));
-    for_blocks(outputs, [&](long first, long count) {
-        float* here = to + first * inputs;
-        const Matrix columns = {gradient.at + first * gradient.column, gradient.column, gradient.row};
-        multiply(columns, count, panels, add ? onto(here, inputs) : into(here, inputs));
-    });
+struct WeightGradient {
+    Matrix gradient;
+    long outputs;
+    Matrix x;
+    long inputs;
+    float* to;
+    bool add = false;
+};
+
+// Several together, the widest first: of few rows of one, threads would not have the same share.
+template <size_t N>
+static void weight_gradients(const WeightGradient (&all)[N], long tokens) {
+    thread_local Room rooms[N];
+    Packing packings[N];
+    long blocks = 0, ends[N];
+    for (size_t i = 0; i < N; ++i) {
+        packings[i] = {all[i].x, {rooms[i].of(Panels::floats(tokens, all[i].inputs)), tokens, all[i].inputs}};
+        ends[i] = blocks += (all[i].outputs + BLOCK - 1) / BLOCK;
+    }
+    pack(packings);
+#pragma omp parallel for schedule(dynamic)
+    for (long number = 0; number < blocks; ++number) {
+        const long i = std::upper_bound(ends, ends + N, number) - ends;
+        const WeightGradient& own = all[i];
+        const long first = (number - (i ? ends[i - 1] : 0)) * BLOCK, rows = std::min(BLOCK, own.outputs - first);
+        float* to = own.to + first * own.inputs;
+        const Matrix columns = {own.gradient.at + first * own.gradient.column, own.gradient.column, own.gradient.row};
+        multiply(columns, rows, packings[i].to, own.add ? onto(to, own.inputs) : into(to, own.inputs));
+    }
 }

@@ -13,7 +13,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
-from trainer.model import Block, Decoder, SameDocument
+from trainer.model import Block, Decoder, SameDocument, Sight
 
 
 def own_positions(seq: int, *, rank: int, cp: int) -> Tensor:
@@ -59,9 +59,10 @@ class OwnSight(SameDocument):
         super().__init__()
         self._own = own
 
-    def forward(self, documents_BL: Tensor) -> Tensor:
-        """(B, 1, own, L)."""
-        return super().forward(documents_BL)[:, :, self._own]
+    def forward(self, documents_BL: Tensor) -> Sight:
+        """A mask (B, 1, own, L)."""
+        mask_B1LL, first_BL = super().forward(documents_BL)
+        return Sight(mask_B1LL[:, :, self._own], first_BL[:, self._own])
 
 
 def apply_context_parallel(decoder: Decoder, mesh: DeviceMesh, *, seq: int) -> None:

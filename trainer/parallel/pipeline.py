@@ -29,7 +29,7 @@ class Elsewhere(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor, *_tables: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_more: Any) -> Tensor:
         return x
 
 

@@ -199,6 +199,7 @@ TUNED: Json = {
     "training.lora": {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]},
     "training.micro_batch": 1,
     "training.steps": 1000,
+    "training.optim.warmup_steps": 100,
 }
 
 
@@ -349,6 +350,7 @@ def test_keys_for_weights_and_biases_come_from_a_secret(rendered: Callable[..., 
         ({"training.lora": {"rank": 4}}, "training.lora", "name the package to tune"),
         ({"training.base": {"path": "s3://b/m"}}, "base.path", "copy it to a volume"),
         ({"training.optim.min_lr": 1.0}, "min_lr", "the cosine only falls"),
+        ({"training.optim.warmup_steps": 40_001}, "optim.warmup_steps", "above steps 200"),
         ({"training.local_sgd": {"every_steps": 2, "fragments": 3}}, "fragments", "more than every_steps 2"),
         ({"training.recover": {"spike_factor": 0.5}}, "spike_factor", "must be above 1"),
         ({"training.evaluate.baselines": ["trigram"]}, "gate.must_beat", "unigram is not among evaluate.baselines"),
@@ -428,7 +430,7 @@ def test_a_layout_is_refused_where_the_trainer_would_and_nowhere_else(
 ) -> None:
     model = SHAPE | {"heads": heads, "kv_heads": kv_heads, "layers": 4, "hidden": 64}
     common = {"seq": seq, "global_batch": global_batch, "micro_batch": 2, "steps": 1, **more}
-    optim = {"lr": 1e-3, "min_lr": 0}
+    optim = {"lr": 1e-3, "min_lr": 0, "warmup_steps": 0}
     layout = Layout(dp=2, tp=tp, pp=pp, cp=cp, fsdp=fsdp)
     source = {"source": {"kind": "python-stdlib"}, "vocab_size": 512}
     training = Training.model_validate(

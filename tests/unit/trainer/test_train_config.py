@@ -58,6 +58,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"model.kv_heads": "3"}, "the nearest that fit are 2 and 4"),
         ({"model.hidden": "33"}, "hidden 33 does not divide by heads 4"),
         ({"optim.min_lr": "1"}, "min_lr 1 is above lr"),
+        ({"optim.warmup_steps": "13"}, "warmup_steps 13 is above steps 12: lr 0.004 would never be reached"),
         ({"optim.lr": ".nan"}, "finite"),
         ({"steps": "many"}, "'steps'.*valid integer"),
         ({"optim.lrr": "1"}, r"command line: optim.lrr\). Did you mean 'lr'"),
@@ -70,9 +71,9 @@ def test_values_that_cannot_work_are_refused_with_what_does(train_yaml, override
 
 
 def test_words_override_the_file_and_places_are_apart(train_yaml):
-    arguments = ["--config", str(train_yaml), "optim.lr=1e-3", "data=D", "steps=3", "run=R"]
+    arguments = ["--config", str(train_yaml), "optim.lr=1e-3", "data=D", "steps=30", "run=R"]
     config, places = read_command("trainer", TrainConfig, places=("data", "run"), arguments=arguments)
-    assert (config.optim.lr, config.steps, places) == (1e-3, 3, {"data": "D", "run": "R"})
+    assert (config.optim.lr, config.steps, places) == (1e-3, 30, {"data": "D", "run": "R"})
 
 
 def test_a_missing_place_is_refused_with_the_usage(train_yaml):
