@@ -196,6 +196,25 @@ void block_backward(const Block* block, const float* gradient, const Gradients* 
     into_attention_back(*block, qkv, *to);
 }
 
+// y = x·gain/√(mean(x²) + eps) of each row of `x` (T, D); `scale` (T) is kept.
+void norm_forward(long tokens, long hidden, float eps, const float* x, const float* gain, float* scale, float* y) {
+    for_blocks(tokens, [&](long first, long rows) {
+        norm(x + first * hidden, gain, rows, hidden, eps, scale + first, y + first * hidden);
+    });
+}
+
+void norm_backward(long tokens, long hidden, const float* gradient, const float* x, const float* gain, const float* scale,
+                   float* x_gradient, float* gain_gradient) {
+    float* gains = rooms[3].of(blocks_of(tokens) * hidden);
+    for_blocks(tokens, [&](long first, long rows) {
+        const long at = first * hidden;
+        std::fill(x_gradient + at, x_gradient + at + rows * hidden, 0.0f);
+        norm_back(gradient + at, x + at, gain, scale + first, x_gradient + at, rows, hidden, x_gradient + at,
+                  gains + first / BLOCK * hidden);
+    });
+    add_up(gains, blocks_of(tokens), hidden, gain_gradient);
+}
+
 // The summed cross-entropy of `targets` (T) under the logits x·headᵀ, which are never all there: `at_once` rows of them. Its
 // gradients go to `x_gradient` (T, D) and `head_gradient` (V, D), each null where it is not wanted.
 double head_and_loss(long tokens, long hidden, long outputs, long at_once, const float* x, const float* head,

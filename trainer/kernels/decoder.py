@@ -1,4 +1,4 @@
-"""A decoder's block, and its head with the loss, as operations of autograd that are each one call of C++.
+"""A decoder's block, its norm, and its head with the loss, as operations of autograd that are each one call of C++.
 
 Where every small operation reads and writes all of memory, as on a CPU without a compiler, they take half of a small
 model's step, and attention far more than its share. `decoder.cpp` says how it is done there.
@@ -47,6 +47,8 @@ def why_not() -> str | None:
     try:
         library().head_and_loss.argtypes = [ctypes.c_long] * 4 + [ctypes.c_void_p] * 5
         library().head_and_loss.restype = ctypes.c_double
+        library().norm_forward.argtypes = [ctypes.c_long] * 2 + [ctypes.c_float] + [ctypes.c_void_p] * 4
+        library().norm_backward.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 6
         library().block_forward.argtypes = [ctypes.c_void_p] * 2
         library().block_backward.argtypes = [ctypes.c_void_p] * 3
     except Unavailable as error:
@@ -82,6 +84,15 @@ def block(
     position sees all from `first_BL` of it (int64; without it from 0) on to itself.
     """
     return _BlockOperation.apply(x_BLD, first_BL, eps, *weights, *tables)
+
+
+def norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of each row (…, D)."""
+    return _NormOperation.apply(x, gain, eps)
+
+
+def fits_norm(x: Tensor, gain: Tensor) -> bool:
+    return usable(x) and type(gain) is nn.Parameter and gain.dtype == torch.float32 and len(gain) % _LANES == 0
 
 
 def fits(head_width: int) -> bool:
@@ -146,6 +157,24 @@ class _BlockOperation(torch.autograd.Function):
 
 def _structure(sizes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Any:
     return ctypes.byref(_Block(**sizes, **{name: _at(tensor) for name, tensor in tensors.items()}))
+
+
+class _NormOperation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x.contiguous()
+        y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        ctx.save_for_backward(x, gain, scale)
+        library().norm_forward(scale.numel(), len(gain), eps, *map(_at, (x, gain, scale, y)))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, (x, gain, scale) = grad.contiguous(), ctx.saved_tensors
+        of_x, of_gain = torch.empty_like(x), torch.empty_like(gain)
+        library().norm_backward(scale.numel(), len(gain), *map(_at, (grad, x, gain, scale, of_x, of_gain)))
+        return of_x, of_gain, None
 
 
 class _HeadAndLoss(torch.autograd.Function):
