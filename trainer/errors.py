@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
@@ -63,11 +65,24 @@ def _as_line(error: Exception) -> tuple[str, int]:
     return str(error), FAILED
 
 
-def run_program(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs `main(arguments)` and exits by the contract. A bug (any other exception) keeps its traceback and exits 1.
+def _is_to_tell(line: str, rank: int) -> bool:
+    """Ranks meet most errors together, and some alone: under torchrun the first of a node to come tells, without it rank 0."""
+    own_file = os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    )  # in a directory of the rank's, in one of this start of the node
+    if own_file is None:
+        return rank == 0
+    try:
+        (Path(own_file).parents[1] / f"told-{zlib.crc32(line.encode()):08x}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than not at all
+        return True
+    return True
 
-    Under torchrun every rank meets the same error; rank 0 alone tells it.
-    """
+
+def run_program(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs `main(arguments)` and exits by the contract. A bug (any other exception) keeps its traceback and exits 1."""
     from trainer.log import Log
 
     rank = int(os.environ.get("RANK", "0"))
@@ -83,7 +98,7 @@ def run_program(main: Callable[[list[str]], None]) -> NoReturn:
         code = FAILED  # whoever read our output has gone: there is nobody to tell
     except (Refused, Failed, OSError) as error:
         line, code = _as_line(error)
-        if rank == 0:
-            Log(rank=rank).emit("error", level="error", message=line)
+        if _is_to_tell(line, rank):
+            Log().emit("error", level="error", message=line)
             print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -55,7 +55,7 @@ def _as_ours(error: Exception) -> Exception:
     failures = getattr(error, "failures", {})
     codes = {failure.exitcode for failure in failures.values()}
     if REFUSED in codes:
-        sys.exit(REFUSED)  # the rank has told why
+        sys.exit(REFUSED)  # a rank has told why
     if INTERRUPTED in codes:
         return Interrupted("the ranks were stopped")
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)

@@ -96,7 +96,7 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
         if isinstance(error, Failed) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
         fix = "See the log of the rank that ended first; under torchrun all begin again from the newest checkpoint."
-        raise Failed("another rank has gone", where=f"rank {ranks.rank} of {ranks.world}", fix=fix) from None
+        raise Failed("another rank has gone", where=f"of {ranks.world}", fix=fix) from None
     finally:
         ranks.leave()
 

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from programs_of_trainer import TRAIN, program_environment, run_program
+from replicas_of_trainer import fork
 from safetensors.torch import load_file
 
 from trainer.config import TrainConfig
 from trainer.errors import Failed, Interrupted, Refused, StopSignal
+from trainer.errors import run_program as run_as_program
 from trainer.model import Decoder
 from trainer.storage import Storage
 from trainer.train import train
@@ -169,6 +172,37 @@ def test_the_launcher_refuses_before_any_rank_starts(dataset, train_yaml, tmp_pa
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "Set global_batch to 4 or 8" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_ranks_meet_together_is_told_once_and_what_one_meets_alone_is_told_too(tmp_path, monkeypatch):
+    """As torchrun starts them: each has a directory of its own in one of this start."""
+    said = tmp_path / "said"
+
+    def meet(rank: int) -> int:
+        def main(_arguments: list[str]) -> None:
+            if rank == 2:
+                raise Refused("its shard is cut", where="rank 2", fix="Copy it again.")
+            raise Failed("the disk is full", where="/runs", fix="Free some space.")
+
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        return fork(lambda: end_with(main), said=said)
+
+    def end_with(main: Callable[[list[str]], None]) -> None:
+        try:
+            run_as_program(main)
+        except SystemExit as end:
+            print("code", end.code)
+
+    for pid in [meet(rank) for rank in (1, 2, 0)]:
+        os.waitpid(pid, 0)
+    lines = said.read_text().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert sorted(errors) == [
+        "error: its shard is cut (rank 2). Copy it again.",
+        "error: the disk is full (/runs). Free some space.",
+    ]
+    assert sorted(line for line in lines if line.startswith("code")) == ["code 1", "code 1", "code 2"]
 
 
 @pytest.mark.slow
