@@ -6,9 +6,8 @@ Neither reaches the application, so neither can be answered for there.
 
 import asyncio
 import logging
-import math
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -28,7 +27,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
-        self._in_head, self._to_come_bytes = True, 0.0  # of the request's body
+        self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
         self._refused = False
 
@@ -50,26 +49,21 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         fields = dict(self.headers)
-        self._to_come_bytes = math.inf if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
+        is_large = b"transfer-encoding" in fields or int(fields.get(b"content-length", 0)) > SKIPPED_BYTES
         self._stop_timer()
         super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._to_come_bytes -= len(body)
-        super().on_body(body)
+        if is_large:  # who is answered before it has come is refused: the rest is not read, and the client told so
+            self.cycle.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+            self.cycle.transport = cast("asyncio.Transport", Lingering(self))
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head, self._to_come_bytes = (
-            True,
-            0.0,
-        )  # whatever comes next on this connection is the next request's head
+        self.cycle.default_headers, self.cycle.transport = self.server_state.default_headers, self.transport
+        self._in_head = True  # whatever comes next on this connection is the next request's head
 
     def on_response_complete(self) -> None:
-        """Of a large body that was refused before it had come the rest is not read."""
-        super().on_response_complete()
-        if self._to_come_bytes > SKIPPED_BYTES and not self.transport.is_closing():
-            self._hang_up()
+        if not self._refused:
+            super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -91,12 +85,13 @@ class Connection(HttpToolsProtocol):
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
             lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([head, *lines, b"connection: close\r\n\r\n", bytes(response.body)]))
-            self._hang_up()
+            self.hang_up()
         else:
             self._refused = True
             self.transport.close()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Reads no more, and closes once the client has had time to read what it was told."""
         self._refused = True
         self.flow.pause_reading()
         if self.transport.can_write_eof():
@@ -107,3 +102,11 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class Lingering:
+    """What an answer is written to while its request's body is still to come."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.write, self.is_closing = connection.transport.write, connection.transport.is_closing
+        self.close = connection.hang_up

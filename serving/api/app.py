@@ -35,7 +35,8 @@ BODIES = [
     CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, Login, Conversation,
     BatchRequest,
 ]  # fmt: skip
-BODY_LIMIT_BYTES = 4 << 20
+LEAST_BODY_LIMIT_BYTES = 1 << 20
+BYTES_PER_TOKEN = 16  # of a body: ids take up to 7, text about 4, and 12 where each character is escaped
 BODY_TIMEOUT_S = 30.0
 R = TypeVar("R", bound=BaseModel)
 ASK_ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -175,9 +176,11 @@ def _add_text(app: FastAPI, context: Context) -> None:
 
 
 async def _read(context: Context, kind: type[R], request: Request) -> R:
-    return await context.clerk.read(
-        kind, await read_body(request, limit_bytes=BODY_LIMIT_BYTES, timeout_s=BODY_TIMEOUT_S)
-    )
+    """The request's body. Raises `ApiError`, for one that the queue could never hold before it is read."""
+    served = context.host.current
+    tokens = max(context.settings.max_queued_tokens, served.max_model_len if served is not None else 0)
+    limit_bytes = max(LEAST_BODY_LIMIT_BYTES, BYTES_PER_TOKEN * tokens)
+    return await context.clerk.read(kind, await read_body(request, limit_bytes=limit_bytes, timeout_s=BODY_TIMEOUT_S))
 
 
 async def _answer(request: Request, answer: Answer, events: Callable[[], Any] | None) -> Response:

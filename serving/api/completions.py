@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from serving.api.context import Caller, Context
-from serving.api.generation import Generation, context_overflow, prompt_ids, room, served_model
-from serving.api.protocol import CompletionRequest
+from serving.api.generation import Generation, prompt_ids, room, served_model
+from serving.api.protocol import CompletionRequest, each
 from serving.engine.messages import Output, SamplingParams, TokenLogprob
 from serving.tokenizer import Tokenizer
 
@@ -30,13 +30,11 @@ class Completion:
     @classmethod
     async def start(cls, context: Context, body: CompletionRequest, caller: Caller) -> "Completion":
         served = served_model(context, body.model)
-        prompts = [await prompt_ids(served, prompt, param="prompt") for prompt in body.prompts]
+        prompts = [await prompt_ids(served, prompt, param="prompt") for prompt in each(body.prompt)]
         wanted = 16 if body.max_tokens is None else body.max_tokens
         sequences: list[tuple[list[int], SamplingParams]] = []
         chosen_later = body.num_candidates > (body.n or 1)  # by their likelihood, which the engine then reports
         for ids in prompts:
-            if len(ids) > served.max_model_len:
-                raise context_overflow(served, str(len(ids)), wanted)
             max_tokens = room(served, ids, wanted)
             for choice in range(body.num_candidates):
                 params = body.sampling(

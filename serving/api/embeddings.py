@@ -9,7 +9,7 @@ from serving.api.chat import chat_ids
 from serving.api.context import Caller, Context
 from serving.api.errors import bad_request
 from serving.api.generation import Generation, check_ids, encode, prompt_ids, room, served_model
-from serving.api.protocol import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from serving.api.protocol import DetokenizeRequest, EmbeddingRequest, TokenizeRequest, each
 from serving.engine.messages import SamplingParams
 
 
@@ -22,7 +22,7 @@ class Embeddings:
     @classmethod
     async def start(cls, context: Context, body: EmbeddingRequest, caller: Caller) -> "Embeddings":
         served = served_model(context, body.model)
-        prompts = [await prompt_ids(served, text, param="input") for text in body.inputs]
+        prompts = [await prompt_ids(served, text, param="input") for text in each(body.input)]
         for ids in prompts:
             room(served, ids, 0)
         params = SamplingParams(max_tokens=0, temperature=0.0, embed=True)

@@ -59,6 +59,8 @@ async def encode(served: Served, text: str, *, special: bool) -> list[int]:
 async def prompt_ids(served: Served, prompt: str | list[int], *, param: str) -> list[int]:
     """Token ids of a prompt that is text or ids. Raises `ApiError` for ids that the model does not have."""
     ids = await encode(served, prompt, special=True) if isinstance(prompt, str) else prompt
+    if len(ids) > served.max_model_len:
+        raise context_overflow(served, str(len(ids)), 0)
     check_ids(served, ids, param=param)
     if not ids:  # an answer to nothing begins where every document begins: after the end of another
         ids = sorted(served.tokenizer.eos_ids)[:1]
@@ -68,9 +70,8 @@ async def prompt_ids(served: Served, prompt: str | list[int], *, param: str) -> 
 
 
 def check_ids(served: Served, ids: Sequence[int], *, param: str) -> None:
-    outside = next((i for i in ids if i >= served.vocab_size), None)
-    if outside is not None:
-        raise bad_request(f"Token {outside} is outside the vocabulary of {served.vocab_size}", param=param)
+    if max(ids, default=0) >= served.vocab_size:
+        raise bad_request(f"Token {max(ids)} is outside the vocabulary of {served.vocab_size}", param=param)
 
 
 def room(served: Served, prompt_ids: list[int], max_tokens: int | None) -> int:

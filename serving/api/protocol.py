@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -23,9 +23,11 @@ from serving.engine.messages import SamplingParams, Structure
 
 STRUCTURE_LIMIT_CHARS = 64 << 10  # of a schema, a regular expression or a grammar
 TOOLS_LIMIT_CHARS = 256 << 10
+MOST_IDS = 1 << 18  # in one request, of all its prompts together
 JSON_OBJECT = '{"type": "object"}'
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]  # one error says as much as a million
+Prompt = Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=256)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -35,6 +37,19 @@ Ignored = Annotated[
     BeforeValidator(lambda _: None),
     Field(description="Accepted, and used for nothing: no answer depends on it."),
 ]
+
+
+def each(prompt: Prompt) -> list[str | list[int]]:
+    """The prompts of a request, which may be one, as text or as ids."""
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return [cast("str | list[int]", prompt)]
+    return cast("list[str | list[int]]", prompt)
+
+
+def _bounded(prompt: Prompt) -> Prompt:
+    if sum(len(ids) for ids in each(prompt) if not isinstance(ids, str)) > MOST_IDS:
+        raise ValueError(f"more than {MOST_IDS} token ids")
+    return prompt
 
 
 class Strict(BaseModel):
@@ -186,7 +201,7 @@ class GenerationRequest(Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=256)]
+    prompt: Annotated[Prompt, AfterValidator(_bounded)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -204,14 +219,6 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_candidates(self) -> int:
         return self.best_of or self.n or 1
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt or isinstance(self.prompt[0], int):
-            return [[i for i in self.prompt if isinstance(i, int)]]
-        return [p for p in self.prompt if not isinstance(p, int)]
 
 
 class ChatRequest(GenerationRequest):
@@ -245,18 +252,10 @@ class ChatRequest(GenerationRequest):
 
 class EmbeddingRequest(Strict):
     model: str
-    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=256)]
+    input: Annotated[Prompt, AfterValidator(_bounded)]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: Ignored = None
-
-    @property
-    def inputs(self) -> list[str | list[int]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        if not self.input or isinstance(self.input[0], int):
-            return [[i for i in self.input if isinstance(i, int)]]
-        return [p for p in self.input if not isinstance(p, int)]
 
 
 class TokenizeRequest(Strict):
@@ -276,7 +275,7 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str
-    tokens: Annotated[TokenIds, Field(max_length=1 << 20)]
+    tokens: Annotated[TokenIds, Field(max_length=MOST_IDS)]
 
 
 def json_structure(schema: Any, *, param: str) -> Structure:

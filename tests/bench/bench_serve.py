@@ -106,12 +106,11 @@ async def over_http(port: int, prompts: Prompts) -> None:
     await asyncio.gather(*(one(prompt) for prompt in prompts))
 
 
-async def token_times(port: int, prompt: list[int], *, tokens: int) -> list[float]:
+async def token_times(http: httpx.AsyncClient, prompt: list[int], *, tokens: int) -> list[float]:
     """When each token of one streamed answer came, from the request on, in seconds."""
     body = {"model": "bench", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     times, begin_s = [], time.perf_counter()
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    async with httpx.AsyncClient(timeout=None) as c, c.stream("POST", url, json={**body, "stream": True}) as answer:
+    async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter() - begin_s)
@@ -123,15 +122,21 @@ def tokens_of(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(1, SHAPE["vocab_size"], (count,), generator=generator).tolist()
 
 
+def client(port: int) -> httpx.AsyncClient:
+    """A user's, who keeps it: making one takes longer than a token does, and is no time of the server's."""
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None)
+
+
 async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) -> Beside:
     """One stream, while another user sends long prompts one after another; and such prompts with nobody beside them."""
 
     async def first_token_s() -> float:
-        times = [await token_times(port, tokens_of(generator, LONG_PROMPT), tokens=1) for _ in range(LONG_PROMPTS)]
+        times = [await token_times(http, tokens_of(generator, LONG_PROMPT), tokens=1) for _ in range(LONG_PROMPTS)]
         return statistics.median(first for (first,) in times)
 
-    stream = asyncio.create_task(token_times(port, tokens_of(generator, 32), tokens=STREAMED))
-    beside_s, times, alone_s = await first_token_s(), await stream, await first_token_s()
+    async with client(port) as http:
+        stream = asyncio.create_task(token_times(http, tokens_of(generator, 32), tokens=STREAMED))
+        beside_s, times, alone_s = await first_token_s(), await stream, await first_token_s()
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Beside(sorted(gaps), beside_s, alone_s)
 
@@ -139,10 +144,12 @@ async def long_prompts_beside_a_stream(port: int, generator: torch.Generator) ->
 async def first_tokens(port: int, generator: torch.Generator) -> tuple[list[float], list[float]]:
     """Seconds to the first token of prompts whose beginning is new, and of others that begin alike."""
     cold, warm = [], []
-    for _ in range(PREFIXES):
-        prefix = tokens_of(generator, PREFIX)
-        for found in (cold, warm):
-            found.append((await token_times(port, prefix + tokens_of(generator, TAIL), tokens=1))[0])
+    async with client(port) as http:
+        await token_times(http, tokens_of(generator, TAIL), tokens=1)  # the connection is open
+        for _ in range(PREFIXES):
+            prefix = tokens_of(generator, PREFIX)
+            for found in (cold, warm):
+                found.append((await token_times(http, prefix + tokens_of(generator, TAIL), tokens=1))[0])
     return cold, warm
 
 

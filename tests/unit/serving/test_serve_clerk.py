@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serving.api.bounds import MOST_DEPTH, MOST_STATES, grammar_objection, regex_objection, schema_objection
 from serving.api.errors import ApiError
-from serving.api.protocol import ChatRequest, CompletionRequest, parse
+from serving.api.protocol import MOST_IDS, ChatRequest, CompletionRequest, parse
 from serving.clerk import INLINE_VALUES, MOST_WAITING, Clerk
 from serving.engine.child import NICE
 from serving.tokenizer import CHARS_PER_TOKEN, Tokenizer
@@ -34,6 +34,7 @@ def test_what_is_large_is_read_and_refused_in_the_same_words(clerk: Clerk) -> No
             LARGE[:-1],
             LARGE.replace(b" 9,", b" -9,"),
             LARGE.replace(b'"model"', b'"modle"'),
+            b'{"model": "tiny", "prompt": [[' + b"1," * MOST_IDS + b"1], [1]]}",
             json.dumps({"model": "tiny", "prompt": "x", "response_format": {
                 "type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": IDS}}}}).encode(),
         ):  # fmt: skip

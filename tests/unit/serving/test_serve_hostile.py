@@ -12,17 +12,19 @@ import psutil
 import pytest
 from conftest import Server
 
-from serving.api.app import BODY_LIMIT_BYTES
+from serving.api.app import BYTES_PER_TOKEN
 from serving.connections import HEAD_LIMIT_BYTES, HEAD_TIMEOUT_S
 
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 4, "ignore_eos": True}
+QUEUED_TOKENS = 100_000
+BODY_LIMIT_BYTES = BYTES_PER_TOKEN * QUEUED_TOKENS
 ANSWER_S = HEAD_TIMEOUT_S + 30
 
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, start_server) -> Server:
     """One that answers two at a time, so that streams can be many and idle."""
-    return start_server(tiny, "--max-num-seqs", "2", "--max-queued-tokens", "100000").wait_ready()
+    return start_server(tiny, "--max-num-seqs", "2", "--max-queued-tokens", str(QUEUED_TOKENS)).wait_ready()
 
 
 @pytest.fixture
