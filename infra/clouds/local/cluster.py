@@ -63,12 +63,16 @@ def up(places: Places, *, kubeconfig: Path | None, gpus: int, add_ons: Sequence[
             raise Unable("add-ons of your own cluster are yours to install. Fix: their Helm charts, or no --kubeconfig")
         _check(kubeconfig)
         return _prepared("kubeconfig", places, kubeconfig, wanted=_Wanted(), say=say)
-    names = list(dict.fromkeys(add_ons))
+    by_kind = kind.is_possible()
+    if not by_kind:
+        machine.check()
+        if not machine.pids(places):
+            machine.check_room(places)
+    names = options.with_needs(add_ons)
     wanted = _Wanted(gpus=gpus, add_ons=names, programs=options.programs(places.cache, names, say=say))
-    if kind.is_possible():
+    if by_kind:
         kind.up(places.kubeconfig, cache=places.cache, say=say)
         return _prepared("kind", places, places.kubeconfig, wanted=wanted, say=say)
-    machine.check()
     programs = debian.programs(places.cache, debian.NODE_PROGRAMS, files=debian.NODE_FILES, say=say)
     built = golang.build(places.cache, say=say)
     if machine.pids(places) and places.kubeconfig.exists():

