@@ -1,6 +1,6 @@
 """What is served: inference services, their autoscaling, the router in front, monitoring."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, Tag, model_validator
 
@@ -181,9 +181,13 @@ class Circuit(Spec):
     """Retries in flight: in an outage they must not become the load."""
 
 
+HASHED = ("hash_header", "hash_cookie", "hash_prefix_chars")
+"""Keys of a router that say what is hashed."""
+
+
 class Router(Spec):
     policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
-    """How a replica is chosen; of those that hash, maglev moves the fewest sessions when replicas come and go."""
+    """How a replica is chosen. Where a `hash_` key is given the default is maglev, which moves fewer sessions than ring_hash."""
     hash_header: str | None = None
     """Request header that ring_hash and maglev hash; without any of these keys: the client's address."""
     hash_cookie: str | None = None
@@ -213,9 +217,17 @@ class Router(Spec):
     circuit: Circuit = Circuit()
     """Limits towards each service."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_hashed_is_so_by_maglev(cls, values: Any) -> Any:
+        given = cast("dict[Any, Any]", values) if isinstance(values, dict) else {}
+        if "policy" not in given and any(given.get(key) is not None for key in HASHED):
+            return given | {"policy": "maglev"}
+        return cast(Any, values)
+
     @model_validator(mode="after")
     def _hash_needs_a_hash_policy(self) -> Self:
-        hashed = [key for key in ("hash_header", "hash_cookie", "hash_prefix_chars") if getattr(self, key) is not None]
+        hashed = [key for key in HASHED if getattr(self, key) is not None]
         balanced = ["hash_balance_percent"] if self.hash_balance_percent is not None else []
         for key in () if self.hashes else (*hashed, *balanced):
             raise Misplaced(f"needs policy ring_hash or maglev, and policy is {self.policy}", key)

@@ -121,7 +121,8 @@ def test_a_hashing_policy_hashes_one_thing_and_else_the_clients_address() -> Non
     with pytest.raises(ValueError, match="hash_header is hashed already"):
         Router(policy="maglev", hash_header="x", hash_prefix_chars=64)
     with pytest.raises(ValueError, match="needs policy ring_hash or maglev"):
-        Router(hash_cookie="sid")
+        Router(policy="random", hash_cookie="sid")
+    assert [Router(hash_cookie="sid").policy, Router(cookie="sid").policy] == ["maglev", "least_request"]
 
 
 def test_the_admin_interface_is_the_pods_own() -> None:

@@ -311,4 +311,4 @@ def test_the_own_server_takes_every_flag_of_its_rows(name: str) -> None:
     words = command(row, values)
     assert words[:3] == ["python", "-m", "serving"]
     asked = server_settings.parse(words[3:])
-    assert (asked.model, asked.max_num_seqs, asked.admin_port) == (values["model"], 8, 8)
+    assert (asked.model, asked.max_num_seqs, asked.admin_port, asked.kv_bytes) == (values["model"], 8, 8, 8)
