@@ -6,6 +6,7 @@ from pathlib import Path
 from infra.clouds.local import Places, debian
 from infra.clouds.local.machine import SYSCTLS
 from infra.clouds.local.shell import run
+from tests.e2e.conftest import STATE
 
 PROGRAMS = ("kube", "etcd", "containerd", "runc", "coredns", "metrics-server", "infra.clouds.local")
 # Where programs leave things that outlive them.
@@ -19,6 +20,7 @@ FOLDERS = (
     "/var/log",
     "~",
     "~/.local/state",
+    str(STATE),
     "~/.cache",
 )
 Snapshot = dict[str, set[str]]
@@ -34,7 +36,7 @@ def snapshot() -> Snapshot:
         "rules": _rules(),
         "cgroups": {str(path) for path in Path("/sys/fs/cgroup").glob("**/slipway*")},
         "settings": {f"{name}={path.read_text()}" for name in SYSCTLS if (path := Path("/proc/sys", name)).exists()},
-        "files": {str(path) for name in FOLDERS for path in Path(name).expanduser().glob("*")},
+        "files": {str(path) for name in FOLDERS for path in Path(name).expanduser().glob("*")} - {str(STATE)},
     }
 
 

@@ -68,7 +68,7 @@ def small_disk(cluster: Cluster, *, namespace: str, claim: str, size_mib: int) -
     places = Places.of_user()
     pid = machine.node_pid(places)
     assert pid, "no node runs"
-    inside = ["nsenter", "--target", str(pid), "--mount"]
+    inside = ["nsenter", "--target", str(pid), "--mount", "--pid"]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", f"size={size_mib}m,mode=0777", "disk", folder], check=True)
     try:
         # The machine does not see what is mounted in the node.

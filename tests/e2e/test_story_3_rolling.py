@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from infra.apply import Cluster
-from tests.e2e.conftest import SETTLED_S, forwarded, slipway, write_stack
+from tests.e2e.conftest import SETTLED_S, forwarded, slipway, until, write_stack
 from tests.e2e.load import under_load
 
 Json = dict[str, Any]
@@ -66,6 +66,7 @@ def test_a_new_model_is_swapped_in(endpoint: str, kubeconfig: Path, project: Pat
     write_stack(project, {"services.0.max_num_seqs": 4, "training.steps": 40})
     with under_load(endpoint, model="pylib") as load:
         done = slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
+        # The channel has moved, and the server looks at it every few seconds.
+        until(lambda: served_digest(kubeconfig, namespace) != before, "the old model is served", within_s=SETTLED_S)
     assert "job/data" not in done.stderr, "the data was prepared again"
     assert load.failures == []
-    assert served_digest(kubeconfig, namespace) != before

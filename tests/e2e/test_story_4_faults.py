@@ -3,7 +3,7 @@ memory, a drained node. The training is the one that `settled` made undisturbed,
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ Json = dict[str, Any]
 TWO_SERVERS = {"services.0.autoscaling": {"min_replicas": 2, "max_replicas": 2, "target_in_flight": 4}}
 DISK_MIB = 64
 """Room for the few checkpoints that are there at once, and the model."""
-FAR = 5
-"""Steps from one checkpoint to the next."""
-MOVES_WITHIN_S = 600.0
-# Takes memory until the kernel ends the largest other process of the container, which is made to go first.
+GANG = "app.kubernetes.io/component in (train,promote)"
+MOVES_WITHIN_S = 900.0
+FULL, KILLED = "No space left on device", "exitcode: -9"
+"""What the trainer and its launcher say."""
+# Takes memory until the kernel ends another process of the container: they are made to go first, the largest of them before the others.
 HUNGRY = """
 import os
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    if int(pid) != os.getpid():
-        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
-            file.write("1000")
+others = [pid for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
+for pid in others:
+    with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write("1000")
 held = []
-while True:
+while all(os.path.exists(f"/proc/{pid}") for pid in others):
     held.append(b"x" * (1 << 24))
 """
 
@@ -42,8 +43,6 @@ class Ordeal:
     undisturbed: Json
     disturbed: Json
     load: Load
-    said: list[str]
-    """Lines of the training pods that are still there."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,12 @@ class _Stack:
         found = (self.disk.over / self.run / "checkpoints").glob("step-*/manifest.json")
         return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
 
+    def say(self, component: str, words: str) -> bool:
+        """Whether a pod that runs has said so."""
+        names = [pod["metadata"]["name"] for pod in self.pods(component)]
+        logs = (self.kubectl("-n", self.namespace, "logs", name, "--tail=-1", check=False).stdout for name in names)
+        return any(words in log for log in logs)
+
     def goes_on(self) -> None:
         """Return when the training has come further than it is now."""
         now = self.checkpoint()
@@ -88,25 +93,33 @@ class _Stack:
 @pytest.fixture(scope="module")
 def ordeal(
     settled: Json, cluster: Cluster, kubectl: Callable[..., Any], kubeconfig: Path, project: Path, namespace: str
-) -> Iterator[Ordeal]:
+) -> Ordeal:
     needed()
-    kubectl("-n", namespace, "delete", "job", "-l", "app.kubernetes.io/component in (train,promote)")
-    with small_disk(cluster, namespace=namespace, claim="runs", size_mib=DISK_MIB) as disk:
-        write_stack(project, TWO_SERVERS)
+    write_stack(project, TWO_SERVERS)
+    slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
+    until(lambda: _ready_servers(cluster, namespace) == 2, "there are no two servers", within_s=SETTLED_S)
+    kubectl("-n", namespace, "delete", "job", "-l", GANG)
+    try:
+        with small_disk(cluster, namespace=namespace, claim="runs", size_mib=DISK_MIB) as disk:
+            slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
+            stack = _Stack(cluster, kubectl, namespace, disk, _run_of(cluster, namespace))
+            with load_from_inside(cluster, kubectl, namespace=namespace, model="pylib") as load:
+                for fault in (a_full_disk_and_no_control_plane, a_deleted_pod, a_drain_and_a_rank_out_of_memory):
+                    stack.goes_on()
+                    fault(stack)
+                slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
+                result = load()
+            undisturbed, disturbed = (_outcome(folder / stack.run) for folder in (disk.under, disk.over))
+    finally:
+        # Whose disk has gone would wait on it for ever.
+        kubectl("-n", namespace, "delete", "job", "-l", GANG)
+        write_stack(project, {})
         slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
-        stack = _Stack(cluster, kubectl, namespace, disk, _run_of(cluster, namespace))
-        kubectl("-n", namespace, "rollout", "status", "deployment/chat", "--timeout=300s")
-        with load_from_inside(cluster, kubectl, namespace=namespace, model="pylib") as load:
-            for fault in (a_dead_control_plane, a_full_disk, a_deleted_pod, a_drain_and_a_pod_out_of_memory):
-                stack.goes_on()
-                fault(stack)
-            slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
-            result = load()
-        said = kubectl("-n", namespace, "logs", "-l", "app.kubernetes.io/component=train", "--tail=-1").stdout
-        undisturbed, disturbed = (_outcome(folder / stack.run) for folder in (disk.under, disk.over))
-        yield Ordeal(undisturbed, disturbed, result, said.splitlines())
-    write_stack(project, {})
-    slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
+    return Ordeal(undisturbed, disturbed, result)
+
+
+def _ready_servers(cluster: Cluster, namespace: str) -> int:
+    return cluster.get(f"/apis/apps/v1/namespaces/{namespace}/deployments/chat")["status"].get("readyReplicas", 0)
 
 
 def _run_of(cluster: Cluster, namespace: str) -> str:
@@ -127,18 +140,13 @@ def _outcome(run: Path) -> Json:
     }
 
 
-def a_dead_control_plane(stack: _Stack) -> None:
-    """kill -9 of kubelet and API server; pods run on meanwhile."""
+def a_full_disk_and_no_control_plane(stack: _Stack) -> None:
+    """No room for a checkpoint, until a rank has ended of it; kill -9 of kubelet and API server, while pods run on."""
+    stack.disk.fill()
     kill_process("kubelet")
     kill_process("kube-apiserver")
     until(lambda: bool(stack.cluster.get("/readyz/ping")), "the API server does not come back")
-
-
-def a_full_disk(stack: _Stack) -> None:
-    """No room for a checkpoint, until a rank has ended of it."""
-    uids = {pod["metadata"]["uid"] for pod in stack.pods("train")}
-    stack.disk.fill()
-    until(lambda: not uids <= {pod["metadata"]["uid"] for pod in stack.pods("train")}, "no rank ends of a full disk")
+    until(lambda: stack.say("train", FULL), "no rank ends of a full disk", within_s=MOVES_WITHIN_S)
     stack.disk.free()
 
 
@@ -146,23 +154,31 @@ def a_deleted_pod(stack: _Stack) -> None:
     stack.kubectl("-n", stack.namespace, "delete", "pod", stack.pods("train")[1]["metadata"]["name"], "--wait=false")
 
 
-def a_drain_and_a_pod_out_of_memory(stack: _Stack) -> None:
-    """All that goes, goes while the node takes nothing; then it is opened again, and takes everything back."""
+def a_drain_and_a_rank_out_of_memory(stack: _Stack) -> None:
+    """A rank dies, then all that goes, goes while the node takes nothing; it is opened again, and takes everything back."""
     node = stack.kubectl("get", "nodes", "-o", "name").stdout.split()[0]
+    gang = stack.pods("train")
+    hungry = gang[1]["metadata"]["name"]
+    stack.kubectl("-n", stack.namespace, "exec", hungry, "--", "python", "-c", HUNGRY, check=False)
+    # The launcher says so and begins the rank again, unless the kernel ends the whole pod at once.
+    until(
+        lambda: stack.say("train", KILLED) or _uids(stack.pods("train")) != _uids(gang),
+        "nobody dies for memory",
+    )
     stack.kubectl("cordon", node)
     try:
         first, second = stack.pods("serve")
         assert stack.evict(first) == 201
         assert stack.evict(second) == 429, "the disruption budget lets the last server go"
-        evicted, hungry = stack.pods("train")
-        name = hungry["metadata"]["name"]
-        stack.kubectl("-n", stack.namespace, "exec", name, "--", "python", "-c", HUNGRY, check=False)
-        until(lambda: hungry["metadata"]["uid"] not in {p["metadata"]["uid"] for p in stack.pods("train")}, "no death")
-        stack.evict(evicted)
+        assert {stack.evict(pod) for pod in stack.pods("train")} <= {201}
     finally:
         stack.kubectl("uncordon", node)
     # The rest of the drain, as soon as the budget has room for it.
     until(lambda: stack.evict(second) == 201, "the second server is not let go", within_s=MOVES_WITHIN_S)
+
+
+def _uids(pods: list[Json]) -> list[str]:
+    return [pod["metadata"]["uid"] for pod in pods]
 
 
 def test_training_ends_with_the_losses_of_an_undisturbed_run(ordeal: Ordeal) -> None:

@@ -72,7 +72,7 @@ def test_an_outage_is_told(prometheus: Prometheus, endpoint: str, kubectl: Calla
     with no_node_for_the_server(kubectl, namespace), under_load(endpoint, model="pylib") as load:
         until(lambda: wanted <= prometheus.firing(), f"{wanted} do not fire", within_s=FIRES_WITHIN_S)
     assert load.failures
-    kubectl("-n", namespace, "rollout", "status", "deployment/chat", "--timeout=300s")
+    kubectl("-n", namespace, "rollout", "status", "deployment/chat", "--timeout=900s")
     gone = "SlipwayNoReplicaReady"
     until(lambda: gone not in prometheus.firing(), f"{gone} fires on", within_s=FIRES_WITHIN_S)
 

@@ -1,8 +1,9 @@
 """At the end: the stack goes without its volumes, then with them; the cluster leaves the machine as it was, cut off or not."""
 
 import json
-import os
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -12,10 +13,9 @@ import pytest
 
 from infra.apply import Cluster
 from infra.clouds.local import Places, kind
-from tests.e2e.conftest import SLIPWAY, slipway
+from tests.e2e.conftest import KEPT, ROOT, SLIPWAY, slipway
 from tests.e2e.machine_state import Snapshot, difference, snapshot
 
-KEPT = os.environ.get("SLIPWAY_E2E_KEEP") == "1"
 Json = dict[str, Any]
 
 
@@ -80,13 +80,25 @@ def test_down_after_an_up_that_was_killed(clean: Snapshot, up_takes_s: float, se
     assert difference(clean, snapshot()) == {}, f"killed {after_s:.2f} s after its start"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_down_after_a_down_that_was_killed(clean: Snapshot, up_takes_s: float, seed: int) -> None:
     slipway("cluster", "up")
     after_s = Random(seed).uniform(0.3, 2.0)
     killed("cluster", "down", after_s=after_s)
     slipway("cluster", "down")
     assert difference(clean, snapshot()) == {}, f"killed {after_s:.2f} s after its start"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_of_tests_that_is_ended_takes_its_cluster_along(clean: Snapshot, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/e2e/test_own_cluster.py"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr
+        said = next((line for line in run.stderr if "waiting for the API server" in line), None)
+        run.send_signal(how)
+        run.communicate()
+    assert said, "no cluster was begun"
+    assert difference(clean, snapshot()) == {}
 
 
 def killed(*words: str, after_s: float) -> None:
