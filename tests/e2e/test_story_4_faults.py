@@ -74,9 +74,14 @@ class _Stack:
         return any(words in log for log in logs)
 
     def goes_on(self) -> None:
-        """Return when the training has come further than it is now."""
+        """Return when the whole gang has come further than the training is now."""
+        until(lambda: len(self.pods("train")) == 2, "no whole gang runs", within_s=MOVES_WITHIN_S)
         now = self.checkpoint()
-        until(lambda: self.checkpoint() > now, f"no checkpoint after step {now}", within_s=MOVES_WITHIN_S)
+        until(
+            lambda: self.checkpoint() > now and len(self.pods("train")) == 2,
+            f"no checkpoint after step {now}",
+            within_s=MOVES_WITHIN_S,
+        )
 
     def evict(self, pod: Json) -> int:
         """The status that the eviction API answers."""
