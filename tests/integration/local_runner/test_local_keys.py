@@ -1,5 +1,7 @@
-"""A service that asks for API keys, on this machine: what a person types, a real server and router, and no trace of the keys."""
+"""A service that asks for API keys, on this machine: what a person types, real servers, router and session store, and no
+trace of the keys."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import yaml
 
 from infra.local.processes import STATE_MARK, marked
 from tests.ports import free_port
+from tests.redis_server import redis_server
 from tests.unit.serving.tiny_packages import make_package, point, publish
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +34,8 @@ class Project:
         (self.folder / "stacks").mkdir(parents=True)
         (self.folder / "Pulumi.yaml").write_text((ROOT / "Pulumi.yaml").read_text())
         service = {"name": "chat", "model": "tiny", "pool": "laptop", "api_keys_secret": "chat-keys", "drain_s": 1}
-        service |= {"resources": {"cpus": 1, "memory_gib": 2}, "kv_gib": 0.01, "max_num_seqs": 2}
+        service |= {"resources": {"cpus": 1, "memory_gib": 2}, "kv_gib": 0.01, "max_num_seqs": 2, "replicas": 2}
+        service |= {"session_store": {"secret": "chat-store"}}
         config = {
             "slipway:platform": {"cloud": "local"},
             "slipway:node_pools": [{"name": "laptop", "instance": "cpu"}],
@@ -42,10 +46,16 @@ class Project:
         registry = self.state / "volumes" / "registry"
         point(registry, publish(make_package(folder / "package"), registry))
 
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, said: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(self.home)}
         return subprocess.run(
-            list(map(str, command)), cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300
+            list(map(str, command)),
+            cwd=self.folder,
+            env=environment,
+            input=said,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     def ask(self, key: str | None) -> int:
@@ -53,6 +63,13 @@ class Project:
         body = {"model": "tiny", "prompt": "def ", "max_tokens": 2}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
         return httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False).status_code
+
+    @contextlib.contextmanager
+    def logged_in(self, key: str) -> Iterator[httpx.Client]:
+        """A browser, as it were: nothing but its cookie says who it is."""
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False) as browser:
+            assert browser.post("/web/login", json={"key": key}).status_code == 200
+            yield browser
 
 
 @pytest.fixture
@@ -63,7 +80,16 @@ def project(tmp_path: Path) -> Iterator[Project]:
     assert done.returncode == 0, done.stderr
 
 
-def test_keys_are_asked_for_made_by_the_command_that_is_shown_and_held_nowhere_else(project: Project) -> None:
+def test_keys_are_asked_for_made_by_the_command_that_is_shown_and_held_nowhere_else(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        told = project.run(SLIPWAY, "local", "secret", "set", "-s", "keyed", "chat-store", "url", said=url)
+        assert told.returncode == 0, told.stderr
+        keyed_service(project, store=url)
+
+
+def keyed_service(project: Project, *, store: str) -> None:
     refused = project.run(SLIPWAY, "local", "up", "-s", "keyed")
     assert refused.returncode == 2
     (fix,) = re.findall(
@@ -82,7 +108,15 @@ def test_keys_are_asked_for_made_by_the_command_that_is_shown_and_held_nowhere_e
     assert '-H "authorization: Bearer $SLIPWAY_API_KEY"' in up.stderr
     assert [project.ask(None), project.ask(f"{key}x"), project.ask(key)] == [401, 401, 200]
 
-    for word in (key, entry["sha256"]):
+    with project.logged_in(key) as browser:  # by one replica, and known to both
+        kept = {"title": "A talk", "messages": [{"role": "user", "content": "Hello"}]}
+        assert browser.put("/web/conversations/a-talk", json=kept).status_code == 204
+        seen = [browser.get("/web/conversations").json()["conversations"] for _ in range(20)]
+        assert [[talk["title"] for talk in talks] for talks in seen] == [["A talk"]] * 20
+        assert browser.post("/web/logout").status_code == 204
+        assert {browser.get("/web/conversations").status_code for _ in range(20)} == {401}
+
+    for word in (key, entry["sha256"], store):
         assert word not in up.stdout + up.stderr
         written = [path for path in project.state.rglob("*") if path.is_file() and not path.is_symlink()]
         assert not [path for path in written if word.encode() in path.read_bytes()]

