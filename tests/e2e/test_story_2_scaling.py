@@ -40,7 +40,7 @@ def test_replicas_follow_the_load_and_no_request_fails(
     namespace: str,
 ) -> None:
     scaled_by_keda(project, kubeconfig)
-    assert replicas(cluster, namespace) == (1, 1)
+    until(lambda: replicas(cluster, namespace) == (1, 1), "more than one are kept", within_s=SCALES_WITHIN_S)
     with under_load(endpoint, model="pylib", clients=CLIENTS, max_tokens=64) as load:
         waiting = f'sum(slipway_serve_requests_waiting{{namespace="{namespace}"}}) > 0'
         until(lambda: bool(prometheus.query(waiting)), "no request waits", within_s=SCALES_WITHIN_S)
