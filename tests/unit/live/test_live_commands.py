@@ -181,6 +181,21 @@ def test_status_fails_where_the_stack_does(cluster: tuple[Recorded, Path], slipw
     assert "another try would fail the same way" in done.stderr
 
 
+def test_status_waits_no_longer_than_it_can_be_settled_and_says_how_it_is(
+    cluster: tuple[Recorded, Path], slipway: Any
+) -> None:
+    recorded, _ = cluster
+    for path, live in recorded.objects.items():
+        live["metadata"]["generation"] = 1
+        if "/jobs/train-" in path:
+            live["status"] = {"conditions": [{"type": "Failed", "status": "True", "message": "exit code 2"}]}
+    done = slipway("status", "--no-drift", "--wait", "60", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["unsettled"].endswith("failed: exit code 2")
+    assert next(line["state"] for line in found["workloads"] if line["what"].startswith("job/train-")) == "failing"
+
+
 def test_a_stack_that_is_not_there_is_one_line(cluster: tuple[Recorded, Path], slipway: Any) -> None:
     recorded, _ = cluster
     recorded.objects.clear()
