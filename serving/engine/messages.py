@@ -85,8 +85,6 @@ class Ready(NamedTuple):
 
     max_model_len: int
     vocab_size: int
-    kv_blocks: int
-    seconds: float
 
 
 class Failed(NamedTuple):

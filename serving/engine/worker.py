@@ -71,7 +71,6 @@ def _end_with_ranks(connection: Outbox) -> None:
 
 
 def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Outbox) -> None:
-    started_s = time.monotonic()
     from serving.engine.engine import Engine  # imports torch, which takes seconds: the server hears about them
 
     if load.settings.tensor_parallel_size > 1:
@@ -79,8 +78,7 @@ def _serve(load: Load, inbox: "queue.SimpleQueue[Request]", connection: Outbox) 
     engine = Engine.load(Path(load.root), load.settings, on_bytes=_progress(connection))
     engine.warm_up()  # ready means that a token was made
     blocks = engine.scheduler.blocks
-    seconds = time.monotonic() - started_s
-    connection.send(Ready(engine.max_model_len, engine.vocab_size, blocks.num_blocks, seconds))
+    connection.send(Ready(engine.max_model_len, engine.vocab_size))
     while True:
         while not engine.has_work or not inbox.empty():
             match inbox.get():
