@@ -1,6 +1,7 @@
 """The trainer with faults at given steps, under torchrun.
 
-An event is `{"step", "rank", "do"}`; each happens once, however often the run is started again.
+An event is `{"step", "rank", "do", "after"}`; each happens once, however often the run is started again, and when the checkpoint
+of step `after` is on the disk.
 """
 
 import os
@@ -33,7 +34,8 @@ class EventInjector:
         for number, event in enumerate(self._events):
             mark = self._marks / str(number)
             if event["step"] == done and event["rank"] == ranks.rank and not mark.exists():
-                time.sleep(1.0)  # the checkpoint before it is on the disk by then
+                while not (self._run / "checkpoints" / f"step-{event['after']:08d}").exists():
+                    time.sleep(0.01)
                 mark.touch()
                 getattr(self, event["do"])()
 

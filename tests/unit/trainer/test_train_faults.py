@@ -14,11 +14,11 @@ from trainer.model import Decoder
 from trainer.train import train
 
 FAULTS = [
-    {"step": 5, "rank": 1, "do": "kill"},
-    {"step": 10, "rank": 0, "do": "hang"},
-    {"step": 14, "rank": 0, "do": "corrupt"},
-    {"step": 17, "rank": 1, "do": "fill_disk"},
-    {"step": 22, "rank": 1, "do": "cut_network"},
+    {"step": 5, "rank": 1, "do": "kill", "after": 4},
+    {"step": 10, "rank": 0, "do": "hang", "after": 8},
+    {"step": 14, "rank": 0, "do": "corrupt", "after": 12},
+    {"step": 17, "rank": 1, "do": "fill_disk", "after": 16},
+    {"step": 22, "rank": 1, "do": "cut_network", "after": 20},
 ]
 CONFIG = {**TRAIN, "steps": 26, "recover": {"hang_timeout_s": 12.0}}
 
