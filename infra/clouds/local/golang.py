@@ -82,7 +82,8 @@ def _fetch(module: str, *words: str, sources: Path) -> None:
     """Have the modules of all that is to be compiled. Raises `Unable` where they cannot be had."""
     done = run(*tied(_go(), "list", "-deps", *words), cwd=sources, env=_env())
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        said = [line for line in done.stderr.splitlines() if not line.startswith("go: downloading ")]
+        why = said[0] if said else "no reason given"
         raise Unable(
             f"Go's modules of {module} cannot be fetched ({why}). Fix: a way to proxy.golang.org, or GOPROXY of your own"
         )
