@@ -82,7 +82,9 @@ class Autoscaler(pulumi.ComponentResource):
                 "pollingInterval": POLL_S,
                 "cooldownPeriod": wanted.scale_down_after_s,
                 "triggers": [trigger],
-                "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _rules(wanted.scale_down_after_s)}},
+                "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _rules(wanted.scale_down_after_s)}}
+                # An autoscaler that comes after it brings nothing back from none.
+                | ({"restoreToOriginalReplicaCount": True} if wanted.min_replicas == 0 else {}),
             },
             opts=pulumi.ResourceOptions(parent=self),
         )

@@ -341,6 +341,8 @@ def test_none_while_nobody_calls_is_kedas_to_do_and_hears_the_router(rendered: C
     objects = rendered("prod", none | url | {"services.0.autoscaling.by": "keda"})
     scaled = objects.one("ScaledObject", "chat")["spec"]
     assert scaled["minReplicaCount"] == 0
+    # A Deployment at none stays there under another autoscaler: KEDA leaves one behind when its object goes.
+    assert scaled["advanced"]["restoreToOriginalReplicaCount"] is True
     # Who finds no replica is seen at the router alone: by KEDA, and by the alert that would otherwise always fire.
     unserved = "envoy_cluster_upstream_cx_none_healthy"
     assert unserved in scaled["triggers"][0]["metadata"]["query"]
