@@ -21,7 +21,7 @@ DISK_MIB = 64
 """Room for the few checkpoints that are there at once, and the model."""
 GANG = "app.kubernetes.io/component in (train,promote)"
 MOVES_WITHIN_S = 900.0
-FULL, KILLED = "No space left on device", "exitcode: -9"
+FULL, KILLED = "Free some space", "exitcode: -9"
 """What the trainer and its launcher say."""
 # Takes memory until the kernel ends another process of the container: they are made to go first, the largest of them before the others.
 HUNGRY = """
