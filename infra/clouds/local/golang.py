@@ -85,7 +85,7 @@ def _fetch(module: str, *words: str, sources: Path) -> None:
         said = [line for line in done.stderr.splitlines() if not line.startswith("go: downloading ")]
         why = said[0] if said else "no reason given"
         raise Unable(
-            f"Go's modules of {module} cannot be fetched ({why}). Fix: a way to proxy.golang.org, or GOPROXY of your own"
+            f"Go's modules of {module} cannot be fetched ({why}). Fix: a network where they can be had, or GOPROXY of your own"
         )
 
 
