@@ -102,7 +102,7 @@ def ordeal(
     needed()
     write_stack(project, TWO_SERVERS)
     slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
-    until(lambda: _ready_servers(cluster, namespace) == 2, "there are no two servers", within_s=SETTLED_S)
+    until(lambda: _servers(cluster, namespace) == 2, "there are no two servers", within_s=SETTLED_S)
     kubectl("-n", namespace, "delete", "job", "-l", GANG)
     try:
         with small_disk(cluster, namespace=namespace, claim="runs", size_mib=DISK_MIB) as disk:
@@ -123,8 +123,9 @@ def ordeal(
     return Ordeal(undisturbed, disturbed, result)
 
 
-def _ready_servers(cluster: Cluster, namespace: str) -> int:
-    return cluster.get(f"/apis/apps/v1/namespaces/{namespace}/deployments/chat")["status"].get("readyReplicas", 0)
+def _servers(cluster: Cluster, namespace: str) -> int:
+    """Those that have been ready for as long as it takes to find them."""
+    return cluster.get(f"/apis/apps/v1/namespaces/{namespace}/deployments/chat")["status"].get("availableReplicas", 0)
 
 
 def _run_of(cluster: Cluster, namespace: str) -> str:
@@ -178,8 +179,12 @@ def a_drain_and_a_rank_out_of_memory(stack: _Stack) -> None:
         assert {stack.evict(pod) for pod in stack.pods("train")} <= {201}
     finally:
         stack.kubectl("uncordon", node)
-    # The rest of the drain, as soon as the budget has room for it.
-    until(lambda: stack.evict(second) == 201, "the second server is not let go", within_s=MOVES_WITHIN_S)
+    # The rest of the drain, once the router can have found what took the first one's place: a budget counts those that are ready.
+    until(
+        lambda: _servers(stack.cluster, stack.namespace) == 2 and stack.evict(second) == 201,
+        "the second server is not let go",
+        within_s=MOVES_WITHIN_S,
+    )
 
 
 def _uids(pods: list[Json]) -> list[str]:
