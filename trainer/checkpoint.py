@@ -6,6 +6,7 @@ of it is there. Any layout can load what any other saved: the parts are known by
 place in them.
 """
 
+import errno
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,15 +67,8 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is None:
             return
-        try:
-            self.seconds = saving.result()
-            self.saved_step = self._saving_step
-        except (CheckpointException, OSError) as error:
-            raise Failed(
-                f"the checkpoint of step {self._saving_step} could not be written: {_cause(error)}",
-                where=str(self.storage),
-                fix="Free some space there or make it writable, and start again: the run goes on from the one before.",
-            ) from None
+        self.seconds = saving.result()
+        self.saved_step = self._saving_step
 
     def poll(self) -> None:
         """Takes note of a save that has ended well since; one that has not is told by the next `save` or `wait`."""
@@ -90,11 +84,23 @@ class Checkpoints:
             files = {name: entry for own in self._together(lambda: writer.files) for name, entry in own.items()}
             manifest = {"step": step, "identity": self._identity, "progress": progress, "files": files}
             self._together(lambda: self._seal(step, manifest) if first else None)
-        except (CheckpointException, OSError):
-            if first:
-                self.storage.give_up(step)
-            raise
+        except (CheckpointException, OSError) as error:
+            raise self._given_up(step, _cause(error)) from None
         return time.monotonic() - begun_s
+
+    def _given_up(self, step: int, cause: BaseException) -> Failed:
+        """Leaves nothing of the checkpoint behind; all ranks say the same, and how much room there is without it."""
+        if self._ranks.first:
+            self.storage.give_up(step)
+        full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
+        free_bytes = self._gathered(self.storage.free_bytes() if full and self._ranks.first else None)[0]
+        room = "" if free_bytes is None else f", where {free_bytes / 2**20:.1f} MiB are free"
+        why = (cause.strerror if isinstance(cause, OSError) else None) or str(cause).splitlines()[0]
+        return Failed(
+            f"the checkpoint of step {step} could not be written: {why}",
+            where=f"{self.storage}{room}",
+            fix="Free some space there or make it writable, and start again: the run goes on from the one before.",
+        )
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """What `act` returns on every rank, by rank; where it fails on one, all raise an OSError."""
@@ -160,9 +166,9 @@ class Checkpoints:
         return next((name for name in self._gathered(self.storage.damaged(step, own)) if name), None)
 
 
-def _cause(error: BaseException) -> str:
-    """The system's own words, where the storage layer wrapped them."""
-    if isinstance(error, CheckpointException):
-        first = next(iter(error.failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+def _cause(error: CheckpointException | OSError) -> BaseException:
+    """What befell the ranks: the system's own error where one of them has it, else the first."""
+    if isinstance(error, OSError):
+        return error
+    found = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+    return next((each for each in found if isinstance(each, OSError)), found[0])

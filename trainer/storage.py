@@ -7,6 +7,7 @@ store is asked for what it was just given.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,15 +24,20 @@ _PREFIX, _MANIFEST, _READ_BYTES = "step-", "manifest.json", 1 << 20
 
 
 class _Digested:
-    """A stream that knows the digest of all that was written to it."""
+    """A stream that knows the digest of all that was written to it, and why no more could be."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+        self.failed: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
         self._bytes += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -53,7 +59,12 @@ class Writer(FsspecWriter):
     def _digested(self, path: Any, mode: str) -> Iterator[Any]:
         with self._open(path, mode) as stream:
             digested = _Digested(stream)
-            yield digested
+            try:
+                yield digested
+            except RuntimeError:  # torch's zip writer tells of a position that it did not expect, and not why
+                if digested.failed is not None:
+                    raise digested.failed from None
+                raise
         if "w" in mode:  # `.metadata` is written as `.metadata.tmp`
             self.files[str(path).rsplit("/", 1)[-1].removesuffix(".tmp")] = digested.described()
 
@@ -122,6 +133,10 @@ class Storage:
         """Removes what there is of one that is not whole."""
         with suppress(Exception):  # it may not be there; what stays is no checkpoint
             self._fs.rm(self._beside(step), recursive=True)
+
+    def free_bytes(self) -> int | None:
+        """The room there is for what is written next; None where nobody knows it."""
+        return shutil.disk_usage(self._root).free if self._local else None
 
     def remove(self, step: int) -> None:
         """The manifest first: a part is no checkpoint."""

@@ -120,6 +120,20 @@ def test_one_that_could_not_be_written_is_told_by_the_next_and_leaves_nothing(mo
     assert {name.split("/")[0] for name in names_in(place)} == {"step-00000001"}
 
 
+def test_a_full_disk_is_told_as_that_and_with_the_room_there_is(model, tmp_path, monkeypatch):
+    begin = Storage.begin
+
+    def begin_on_a_full_one(storage, number):
+        begin(storage, number)
+        (Path(storage._beside(number)) / "__0_0.distcp").symlink_to("/dev/full")
+
+    monkeypatch.setattr(Storage, "begin", begin_on_a_full_one)
+    checkpoints = of(str(tmp_path))
+    checkpoints.save(Progress(1), [nn.Linear(512, 512)], torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(Failed, match=r"written: No space left on device \(.*, where [\d.]+ MiB are free\)\. Free some"):
+        checkpoints.wait()
+
+
 def test_another_model_is_refused_before_anything_is_loaded(model, place):
     optimizer, checkpoints = torch.optim.SGD(model.parameters(), lr=0.1), of(place)
     checkpoints.save(Progress(1), [model], optimizer)
