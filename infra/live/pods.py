@@ -44,7 +44,7 @@ def state_of(pod: Json) -> State:
 def why(pod: Json, seen: Snapshot) -> list[str]:
     """What keeps a pod from doing its work, each with what would mend it; empty where nothing does."""
     if message := unschedulable(pod):
-        return [*why_no_node(message, pod), *_unbound(pod, seen)]
+        return [*why_no_node(message, pod, seen.nodes), *_unbound(pod, seen)]
     reasons = [said for one in _containers(pod) if (said := _container(one, pod))]
     if pod.get("status", {}).get("reason") == "Evicted":
         reasons.insert(0, f"evicted: {pod['status'].get('message', 'the node was short of something')}")

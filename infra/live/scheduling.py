@@ -1,7 +1,7 @@
 """Why a pod has no node: the scheduler's sentence, taken apart and said with what would mend it. Pure functions of objects."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Json = dict[str, Any]
@@ -9,6 +9,7 @@ _CLAUSE = re.compile(r"^(?:(\d+) )?(?:node\(s\) )?(.*?)\.?$")
 _ABSENT = re.compile(r'persistentvolumeclaim "(.*?)" not found')
 _ASIDE = re.compile(r"[,.]? (?:no new claims to deallocate,|preemption:)")
 """What follows says of other pods and of devices whether they could make room."""
+_KEEP_OUT = ("NoSchedule", "NoExecute")
 _TAINT = re.compile(r"untolerated taint(?:\(s\))? ?\{?([^:}]*)(?::\s*([^}]*))?\}?")
 
 
@@ -20,8 +21,11 @@ def unschedulable(pod: Json) -> str | None:
     return None
 
 
-def why_no_node(message: str, pod: Json) -> list[str]:
-    """Each reason in people's words, with the fix; the message itself where it is none that is known."""
+def why_no_node(message: str, pod: Json, nodes: Sequence[Json] = ()) -> list[str]:
+    """Each reason in people's words, with the fix; the message itself where it is none that is known.
+
+    `nodes`, where the caller may list them, say which taint it is: since 1.36 the scheduler does not.
+    """
     message = _ASIDE.split(message)[0]
     head, _, tail = message.partition(": ")
     if head.startswith("0/0 nodes"):
@@ -29,11 +33,11 @@ def why_no_node(message: str, pod: Json) -> list[str]:
     if "nodes are available" not in head:
         return [_other(message)]
     clauses = tail.split(", ")
-    said = [_say(clause, pod) for clause in clauses if clause.strip()]
+    said = [_say(clause, pod, nodes) for clause in clauses if clause.strip()]
     return list(dict.fromkeys(said)) or [_other(message)]
 
 
-def _say(clause: str, pod: Json) -> str:
+def _say(clause: str, pod: Json, all_nodes: Sequence[Json]) -> str:
     found = _CLAUSE.match(clause.strip())
     count, what = (found[1], found[2]) if found else (None, clause)
     nodes = "" if count is None else f" ({count} node{'' if count == '1' else 's'})"
@@ -46,8 +50,10 @@ def _say(clause: str, pod: Json) -> str:
     if "Too many pods" in what:
         return f"the node's pods are at their most{nodes}; add a node"
     if taint := _TAINT.search(what):
-        named = f"{taint[1]}: {taint[2]}" if taint[2] else taint[1]
-        return f"taint {named} keeps it out{nodes}; {_mend_taint(taint[1])}"
+        taints = [(taint[1], taint[2] or "")] if taint[1] else _untolerated(pod, all_nodes)
+        named = ", ".join(f"{key}: {value}" if value else key for key, value in taints)
+        mended = _mend_taint(taints[0][0] if taints else "")
+        return f"taint {named} keeps it out{nodes}; {mended}" if named else f"a taint keeps it out{nodes}; {mended}"
     if "node affinity/selector" in what or "node selector" in what:
         return (
             f"no node has the labels that it looks for, {_selector(pod)}{nodes}; make the node pool, or label the nodes"
@@ -80,6 +86,24 @@ def _mend_taint(key: str) -> str:
             "node.kubernetes.io/memory-pressure": "the node's memory is full",
         }.get(key, "the node's own condition; see `kubectl describe node`")
     return "it belongs to another pool or to someone else"
+
+
+def _untolerated(pod: Json, nodes: Sequence[Json]) -> list[tuple[str, str]]:
+    """(key, value) of each taint for which no pod like this one is put on a node."""
+    tolerations = pod["spec"].get("tolerations", [])
+    taints = [taint for node in nodes for taint in node["spec"].get("taints", []) if taint["effect"] in _KEEP_OUT]
+    kept = [taint for taint in taints if not any(_tolerates(one, taint) for one in tolerations)]
+    return list(dict.fromkeys((taint["key"], taint.get("value", "")) for taint in kept))
+
+
+def _tolerates(toleration: Json, taint: Json) -> bool:
+    """https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/"""
+    exists = toleration.get("operator") == "Exists"
+    return (
+        toleration.get("effect", taint["effect"]) == taint["effect"]
+        and toleration.get("key", taint["key"] if exists else "") == taint["key"]
+        and (exists or toleration.get("value", "") == taint.get("value", ""))
+    )
 
 
 def _asked(pod: Json, resource: str) -> str:

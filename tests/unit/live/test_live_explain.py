@@ -72,6 +72,31 @@ def test_a_pod_without_a_node_says_why_and_what_mends_it(message: str, says: str
         assert "Preemption" not in told
 
 
+@pytest.mark.parametrize(
+    ("tolerations", "named"),
+    [
+        ([], "taint team: other, slow keeps it out (1 node)"),
+        ([{"key": "team", "operator": "Equal", "value": "other"}], "taint slow keeps it out (1 node)"),
+        ([{"key": "team", "value": "mine"}, {"key": "slow", "operator": "Exists"}], "taint team: other keeps it out"),
+        ([{"operator": "Exists", "effect": "NoExecute"}], "taint team: other, slow keeps it out (1 node)"),
+    ],
+)
+def test_a_taint_that_the_scheduler_does_not_name_is_found_on_the_nodes(
+    tolerations: list[k8s.Json], named: str
+) -> None:
+    pod = k8s.unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint(s).")
+    pod["spec"]["tolerations"] = tolerations
+    told = why(pod, k8s.seen(pod))
+    assert "a taint keeps it out (1 node)" in told[0]  # who may not list nodes
+    taints = [
+        {"key": "team", "value": "other", "effect": "NoSchedule"},
+        {"key": "slow", "effect": "NoSchedule"},
+        {"key": "rather-not", "effect": "PreferNoSchedule"},
+    ]
+    node = {"metadata": {"name": "node-a"}, "spec": {"taints": taints}}
+    assert named in why(pod, k8s.seen(pod, nodes=[node]))[0]
+
+
 def test_every_clause_of_the_scheduler_is_told_once() -> None:
     pod = k8s.unscheduled("0/4 nodes are available: 1 Insufficient cpu, 1 Insufficient memory, 2 node(s) had foo.")
     assert len(why(pod, k8s.seen(pod))) == 3
