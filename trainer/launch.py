@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.command import read_train_command
 from trainer.config import TrainConfig
-from trainer.errors import INTERRUPTED, REFUSED, Failed, Interrupted, Refused, run_program
+from trainer.errors import REFUSED, Failed, Interrupted, Refused, run_program
 from trainer.layout import layout_of
 
 _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR run=DIR [key=value …]"
@@ -33,8 +33,10 @@ def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig)
     # Loading torch takes seconds, and a refusal should not wait for it.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.launcher import api
     from torch.distributed.run import config_from_args, get_args_parser
+
+    from trainer.agent import LOST, Agent
 
     options = get_args_parser().parse_args([*flags, "-m", "trainer", *trainer_arguments])
     if options.standalone:
@@ -42,22 +44,25 @@ def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig)
     launch_config, command, command_arguments = config_from_args(options)
     if launch_config.min_nodes == launch_config.max_nodes:  # else the world is known only after the rendezvous
         layout_of(config, world=launch_config.max_nodes * launch_config.nproc_per_node)
+    api.LocalElasticAgent = Agent  # pyright: ignore[reportPrivateImportUsage]  # there is no argument for another
     try:
-        elastic_launch(launch_config, command)(*command_arguments)
+        api.elastic_launch(launch_config, command)(*command_arguments)
     except SignalException as signal:
         raise Interrupted(f"the ranks were stopped by {signal.sigval.name}") from None
     except ChildFailedError as error:
         raise _as_ours(error) from None
+    except LOST as error:
+        fix = "See the logs of the other launchers; the next start goes on from the newest checkpoint."
+        reason = str(error).splitlines()[0]
+        raise Failed(f"the other launchers were lost: {reason}", where=options.rdzv_endpoint, fix=fix) from None
 
 
 def _as_ours(error: Exception) -> Exception:
-    """The exit code that says most about a failed gang: refused, then interrupted, then whatever came first."""
+    """The exit code that says most about a failed gang: refused, else whatever came first."""
     failures = getattr(error, "failures", {})
     codes = {failure.exitcode for failure in failures.values()}
     if REFUSED in codes:
         sys.exit(REFUSED)  # a rank has told why
-    if INTERRUPTED in codes:
-        return Interrupted("the ranks were stopped")
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
     fix = "See its log above; the next start goes on from the newest checkpoint."

@@ -1,9 +1,11 @@
-"""Nodes come and go under torchrun: the ranks start again with those that are there, and the batch stays what it was."""
+"""Nodes come and go under torchrun: the ranks start again with those that are there, and the batch stays what it was.
+
+Where a node of a gang is told to go, all end with the checkpoint written: whoever started them starts all again.
+"""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import torch
 import yaml
 from programs_of_trainer import TRAIN, program_environment
 
+from tests.ports import free_port
 from trainer.config import TrainConfig
 from trainer.errors import StopSignal
 from trainer.train import train
@@ -22,9 +25,9 @@ from trainer.train import train
 CONFIG = {**TRAIN, "steps": 120, "checkpoint": {"every_steps": 20}}
 
 
-def node(endpoint: str, dataset: Path, directory: Path) -> subprocess.Popen[str]:
+def node(endpoint: str, dataset: Path, directory: Path, *, nodes: str = "1:2") -> subprocess.Popen[str]:
     """The launcher of one node with one rank; it and its rank are a process group of their own."""
-    flags = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
+    flags = [f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
     flags += [f"--rdzv-endpoint={endpoint}", "--rdzv-conf=last_call_timeout=8,keep_alive_interval=1"]
     words = ["--config", str(directory / "train.yaml"), f"data={dataset}", f"run={directory / 'run'}"]
     command = [sys.executable, "-m", "trainer.launch", *flags, "--", *words]
@@ -51,16 +54,18 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def wait_for_rows(run: Path, count: int, nodes: list[subprocess.Popen[str]]) -> None:
+    while len(rows(run)) < count:
+        assert all(process.poll() is None for process in nodes), [process.communicate() for process in nodes]
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_node_that_dies_is_done_without_and_the_losses_are_those_of_one_process(dataset, tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(CONFIG))
-    with socket.socket() as picked:
-        picked.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{picked.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     nodes = [node(endpoint, dataset, tmp_path) for _ in range(2)]
-    while len(rows(tmp_path / "run")) < 25:
-        assert all(process.poll() is None for process in nodes), [process.communicate() for process in nodes]
-        time.sleep(0.01)
+    wait_for_rows(tmp_path / "run", 25, nodes)
     first, second = sorted(nodes, key=lambda process: not keeps_the_store(process, endpoint))
     kill_node(second)
     said, _ = first.communicate(timeout=300)
@@ -79,3 +84,18 @@ def test_a_node_that_dies_is_done_without_and_the_losses_are_those_of_one_proces
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(
         [row["loss"] for row in rows(tmp_path / "one")], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("told", ["the node that keeps the rendezvous", "the other node"])
+def test_a_gang_of_which_one_node_is_told_to_go_ends_at_once_with_its_checkpoint(dataset, tmp_path, told):
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**CONFIG, "steps": 10_000}))
+    endpoint, run = f"127.0.0.1:{free_port()}", tmp_path / "run"
+    nodes = [node(endpoint, dataset, tmp_path, nodes="2") for _ in range(2)]
+    wait_for_rows(run, 5, nodes)
+    keeper, other = sorted(nodes, key=lambda process: not keeps_the_store(process, endpoint))
+    (keeper if told == "the node that keeps the rendezvous" else other).terminate()
+    said = [process.communicate(timeout=300)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [75, 75], said
+    assert not any("Traceback" in words or "attempts left" in words for words in said), said
+    last = rows(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
