@@ -13,6 +13,7 @@ from serving.api.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+to_json = json.JSONEncoder(separators=(",", ":")).encode  # `dumps` would make an encoder for each event
 
 
 class ClientGone(Exception):
@@ -57,7 +58,7 @@ class EventStream(Response):
 
 
 def encode(event: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(event).encode() + b"\n\n"
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
