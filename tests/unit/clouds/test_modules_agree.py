@@ -16,6 +16,8 @@ APART = {
         "github.com/stoewer/go-strcase",
     ),
     "metrics-server": (),
+    "prometheus": ("go.opentelemetry.io/",),
+    "prometheus-operator": (),
 }
 
 
