@@ -1,6 +1,7 @@
 """How well a model says what comes next in text that no training saw, beside n-gram models of the same tokens.
 
-`python -m trainer.evaluate --config evaluate.yaml model=DIR data=DIR out=DIR`. The measure is bits per byte: the
+`python -m trainer.evaluate --config evaluate.yaml model=DIR data=DIR out=DIR [base=DIR]`; adapters are measured with the
+`base` that they are for. The measure is bits per byte: the
 cross-entropy of the held-out text, divided by its bytes, so that models with other tokenizers compare.
 """
 
@@ -26,11 +27,11 @@ from trainer.shapes import weights_digest
 from trainer.tasks import answers, classification, count_questions, digest_of_tasks, measure
 
 
-def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log: Log) -> None:
+def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log: Log, base: Path | None = None) -> None:
     """Writes `evaluation.json` and `evaluation.md`, unless they are there already for this model, data and config."""
     begun_s = time.monotonic()
     dataset = Dataset.open(data)
-    decoder = load_package(model)
+    decoder = load_package(model, base=base)
     inputs = {"config": config.digest(), "data": dataset.digest, "model": weights_digest(model)}
     if config.tasks:
         inputs["questions"] = digest_of_tasks(config.tasks)
@@ -169,9 +170,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     places = ("model", "data", "out")
-    config, given = read_command("trainer.evaluate", EvaluateConfig, places=places, arguments=arguments)
-    paths = {name: Path(given[name]) for name in places}
-    evaluate(config, model=paths["model"], data=paths["data"], out=paths["out"], log=Log())
+    config, given = read_command(
+        "trainer.evaluate", EvaluateConfig, places=places, optional=("base",), arguments=arguments
+    )
+    evaluate(config, **{name: Path(place) for name, place in given.items()}, log=Log())
 
 
 if __name__ == "__main__":

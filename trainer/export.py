@@ -18,6 +18,7 @@ from trainer.data.tokenizer import TOKENIZER_FILES
 from trainer.files import whole_directory, write_json, write_whole
 from trainer.lora import merged, peft_config, peft_name
 from trainer.model import Decoder
+from trainer.shapes import ADAPTERS, ADAPTERS_CONFIG
 
 # A base model has seen no chats: its template is the text of the messages, one after another, for it to go on from.
 CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
@@ -154,9 +155,9 @@ def _made(parts: list[str], tensors: dict[str, Tensor], lora: LoraConfig | None)
 def _write_adapters(model: Decoder, read: Read, directory: Path, *, lora: LoraConfig, base: Path | None) -> None:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tensors = {peft_name(name): tensor for name, tensor in read(names).items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTERS, metadata={"format": "pt"})
     about = peft_config(lora, base=str(base) if base else None, classifies=model.labels is not None)
-    write_json(directory / "adapter_config.json", about)
+    write_json(directory / ADAPTERS_CONFIG, about)
 
 
 # The words around them

@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import LoraConfig, ModelConfig, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import Refused
-from trainer.files import digest_of, sha256_of_file
-from trainer.lora import add_lora
+from trainer.files import digest_of, read_json, sha256_of_file
+from trainer.lora import add_lora, merged, peft_name
 from trainer.model import Decoder
-from trainer.shapes import FIX, read_settings, shape_of, weight_files
+from trainer.shapes import (
+    ADAPTERS,
+    ADAPTERS_CONFIG,
+    FIX,
+    holds_adapters,
+    read_settings,
+    shape_of,
+    weight_files,
+)
 
 
 def make_decoder(config: TrainConfig, *, vocab_size: int, labels: int | None) -> Decoder:
@@ -62,14 +71,23 @@ def package_digest(directory: Path) -> str:
     return digest_of({name: sha256_of_file(directory / name) for name in names})
 
 
-def load_package(directory: Path) -> Decoder:
-    """The model of a package, in float32. Raises Refused for a directory that is no whole package."""
-    settings = read_settings(directory)
+def load_package(directory: Path, *, base: Path | None = None) -> Decoder:
+    """The model of a package, in float32; one of adapters is merged into its `base`, by default where it was trained.
+
+    Raises Refused for a directory that is no whole package, and for a base that is not the adapters' own.
+    """
     try:
+        adapters = _Adapters.read(directory, base) if holds_adapters(directory) else None
+        whole = adapters.base if adapters else directory
+        settings = read_settings(whole)
         classes = len(settings.get("id2label") or {}) if _classifies(settings) else None
-        config = ModelConfig.model_validate(shape_of(settings, where=str(directory)))
+        if adapters:
+            classes = adapters.classes
+        config = ModelConfig.model_validate(shape_of(settings, where=str(whole)))
         model = Decoder(config, vocab_size=settings["vocab_size"], labels=classes)
-        fill(_named([model]), directory)
+        fill(_named([model]), whole, new=("score.",) if adapters else ())
+        if adapters:
+            adapters.merge_into(model)
     except Refused:
         raise
     except Exception as error:  # whatever a cut or foreign file makes of itself
@@ -77,6 +95,46 @@ def load_package(directory: Path) -> Decoder:
         fix = "Export it again: remove it and run the trainer."
         raise Refused(f"the model package cannot be read: {reason}", where=str(directory), fix=fix) from None
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """What `lora.export: adapters` wrote, and the package that it is for."""
+
+    base: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, directory: Path, base: Path | None) -> "_Adapters":
+        about, provenance = (read_json(directory / name) or {} for name in (ADAPTERS_CONFIG, "slipway.json"))
+        base = base or Path(about.get("base_model_name_or_path") or "base")
+        if not (base / "config.json").is_file():
+            fix = "Name the package that they were trained on: base=DIR."
+            raise Refused("the base of the adapters is not there", where=str(base), fix=fix)
+        if provenance.get("base_digest") != package_digest(base):
+            fix = "Name the package that they were trained on: base=DIR."
+            raise Refused(f"{directory} was not trained on this base", where=str(base), fix=fix)
+        config = LoraConfig(rank=about["r"], alpha=about["lora_alpha"], targets=about["target_modules"])
+        return cls(base, config, load_file(directory / ADAPTERS))
+
+    @property
+    def classes(self) -> int | None:
+        head = self.tensors.get(peft_name("score.weight"))
+        return None if head is None else len(head)
+
+    @torch.no_grad()
+    def merge_into(self, model: Decoder) -> None:
+        left = dict(self.tensors)
+        for name, parameter in model.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module.rpartition(".")[2] in self.config.targets:
+                a, b = (left.pop(peft_name(f"{module}.lora_{side}")) for side in "AB")
+                parameter.copy_(merged(parameter, a, b, config=self.config))
+            elif name == "score.weight":
+                parameter.copy_(left.pop(peft_name(name)))
+        if left:
+            raise ValueError(f"the model has no place for {min(left)}")
 
 
 def _classifies(settings: dict[str, Any]) -> bool:

@@ -13,10 +13,9 @@ from trainer.errors import Refused, run_program
 from trainer.files import read_json
 from trainer.log import Log
 from trainer.registry import Registry, check_name
-from trainer.shapes import weights_digest
+from trainer.shapes import ADAPTERS_CONFIG, holds_adapters, weights_digest
 
 _PLACES = ("model", "report", "registry", "name", "channel")
-_PACKAGE = ("config.json", "tokenizer.json", "slipway.json")
 
 
 def judge(gate: GateConfig, report: dict[str, Any]) -> tuple[bool, str]:
@@ -89,10 +88,14 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _check_package(model: Path, report: dict[str, Any], report_path: Path) -> None:
-    for file in _PACKAGE:
+    adapters = holds_adapters(model)
+    for file in (ADAPTERS_CONFIG if adapters else "config.json", "tokenizer.json", "slipway.json"):
         if not (model / file).is_file():
             fix = "Name the model/ of a finished run."
             raise Refused(f"the model package is not whole: {file} is absent", where=str(model), fix=fix)
+    if adapters and "base_digest" not in (read_json(model / "slipway.json") or {}):
+        fix = "Name the model/ of a finished run."
+        raise Refused("the adapters do not say what base they are for", where=str(model / "slipway.json"), fix=fix)
     if report.get("model_digest") != weights_digest(model):
         fix = "Evaluate this model first."
         raise Refused("the report is about another model", where=str(report_path), fix=fix)

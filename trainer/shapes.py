@@ -9,6 +9,7 @@ from trainer.errors import Refused
 from trainer.files import digest_of, read_json, sha256_of_file
 
 FAMILIES: tuple[str, ...] = typing.get_args(Family)
+ADAPTERS_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 FIX = "Name a package that Transformers opens as Llama, Mistral, Qwen2 or Qwen3."
 
 
@@ -60,9 +61,16 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     return {**{name: rope[name] for name in names}, "original_context": rope["original_max_position_embeddings"]}
 
 
+def holds_adapters(directory: Path) -> bool:
+    """Whether a package is of adapters alone, a model only with its base."""
+    return (directory / ADAPTERS_CONFIG).is_file()
+
+
 def weight_files(directory: Path) -> list[str]:
     index = read_json(directory / "model.safetensors.index.json")
     names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+    if holds_adapters(directory):
+        names = [ADAPTERS]
     for name in names:
         if not (directory / name).is_file():
             fix = "Export or download it again."
@@ -73,4 +81,4 @@ def weight_files(directory: Path) -> list[str]:
 def weights_digest(directory: Path) -> str:
     """sha256 of the weights; of several files the digest of theirs."""
     digests = {name: sha256_of_file(directory / name) for name in weight_files(directory)}
-    return digests["model.safetensors"] if list(digests) == ["model.safetensors"] else digest_of(digests)
+    return next(iter(digests.values())) if len(digests) == 1 else digest_of(digests)

@@ -86,6 +86,8 @@ def pipeline(
     target = [registry_url, training.name, training.channel]
     base_words = (f"base={path_of(training.base)}",) if training.base else ()
     tune = [training.base] if training.base else []
+    # Adapters are a model, and measured, only with their base.
+    beside = training.exports_adapters
     data_config, data_words = _without_paths(data)
     evaluate_config, evaluate_words = _without_paths(evaluate)
     aside = _layout(training.layout) | _aside(training) | ({"plan": dict(expected)} if expected else {})
@@ -96,11 +98,11 @@ def pipeline(
         publish=publish,
         data_places=places_of([*(s for _, s in training.data.sources if isinstance(s, Located)), *tune]),
         train_places=places_of(tune),
-        evaluate_places=places_of(training.evaluate.located.values()),
+        evaluate_places=places_of([*training.evaluate.located.values(), *(tune if beside else [])]),
         data_words=(*data_words, *base_words),
         train_words=base_words,
         checkpoints=_checkpoints(training, train_digest),
-        evaluate_words=evaluate_words,
+        evaluate_words=(*evaluate_words, *(base_words if beside else ())),
         data_digest=data_digest,
         train_digest=train_digest,
         evaluate_digest=evaluate_digest,
@@ -136,6 +138,7 @@ def _train(training: Training) -> Json:
     config["checkpoint"].pop("url", None)  # where it is kept decides nothing; the program is told by a word
     _drop(config, document_mask=False)
     _drop(config.get("model", {}), family="llama")
+    _drop(config.get("lora", {}), export="merged")
     return config
 
 

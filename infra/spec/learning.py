@@ -36,7 +36,7 @@ class Optim(Spec):
 
 
 class Lora(Spec):
-    """Low-rank adapters beside frozen matrices, trained alone and merged into the package at the end (Hu et al. 2021)."""
+    """Low-rank adapters beside frozen matrices, trained alone (Hu et al. 2021)."""
 
     rank: PositiveInt = 16
     """Inner width of an adapter."""
@@ -44,6 +44,9 @@ class Lora(Spec):
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[LoraTarget, ...] = Field(default=ALL_TARGETS, min_length=1)
     """Matrices that get one."""
+    export: Literal["merged", "adapters"] = "merged"
+    """What is published: `merged`, a model of its own; or the `adapters` alone, in PEFT's layout, which a service of their base serves
+    beside it (`services[].adapters`)."""
 
 
 class LocalSgd(Spec):

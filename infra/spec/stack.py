@@ -113,6 +113,24 @@ class Stack(Spec):
             refuse_unsuited(service, known[service.runtime], trained=trained, keys=keys)
         return self
 
+    @model_validator(mode="after")
+    def _adapters_are_beside_their_base(self) -> Self:
+        """A server of adapters alone would never get ready, and one asked for an adapter that is a whole model has none."""
+        if self.training is None:
+            return self
+        makes, name = self.training.exports_adapters, self.training.name
+        for kind, users in (("services", self.services), ("batches", self.batches)):
+            for index, user in enumerate(users):
+                if makes and user.model == name:
+                    says = f"training.lora.export is adapters, and {name!r} no model by itself; name its base, or export: merged"
+                    raise Misplaced(says, kind, index, "model")
+        for index, service in enumerate(self.services):
+            for number, adapter in enumerate(service.adapters):
+                if adapter.model == name and not makes:
+                    says = f"the training makes {name!r} a whole model; set training.lora.export: adapters"
+                    raise Misplaced(says, "services", index, "adapters", number, "model")
+        return self
+
     def runtime(self, service: Service) -> Runtime:
         """What answers behind `service`: the stack's own row of that name, else the one that comes with Slipway."""
         own = {runtime.name: runtime for runtime in self.runtimes}

@@ -136,6 +136,11 @@ class Training(Spec):
         return (self.local_sgd and self.local_sgd.launches) or 1
 
     @property
+    def exports_adapters(self) -> bool:
+        """Whether what it publishes is a model only beside its base."""
+        return self.lora is not None and self.lora.export == "adapters"
+
+    @property
     def meets(self) -> bool:
         """Whether there is more than one of them, which need a place to meet."""
         return self.launches > 1

@@ -228,6 +228,47 @@ def test_a_base_package_gives_shape_and_tokenizer_and_its_adapters_are_trained(
     assert (train.lora.rank, train.lora.alpha, train.lora.targets) == (8, 16, ("q_proj", "v_proj"))
 
 
+def test_adapters_are_published_apart_and_measured_with_their_base(changed: Callable[..., Path]) -> None:
+    apart = {"training.lora": TUNED["training.lora"] | {"export": "adapters"}}
+    beside = {"services.0.model": "llama3-8b", "services.0.adapters": [{"name": "support", "model": "code-1b"}]}
+    merged, made = Told(tuned(changed)), Told(tuned(changed, apart | beside))
+    known = {"model": SHAPE | {"max_context": 4096}}
+    assert made.read("train", known).lora.export == "adapters"
+    assert merged.read("train", known).lora.export == "merged"
+    assert "export" not in merged.pipeline.train["lora"]  # what a stack does not say makes no new digest
+    assert made.pipeline.train_digest != merged.pipeline.train_digest
+    for objects, has_base in (
+        (Objects(run(tuned(changed, apart | beside))), True),
+        (Objects(run(tuned(changed))), False),
+    ):
+        container = container_of(objects, "evaluate")
+        assert ("base=/from/models/llama" in container["command"]) is has_base
+        assert ("/from/models" in {m["mountPath"] for m in container["volumeMounts"]}) is has_base
+        promote = objects.one("Job", "promote")["spec"]["template"]["spec"]["volumes"]
+        assert ("from-models" in {volume["name"] for volume in promote}) is has_base
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "says"),
+    [
+        ({"training.lora": {"export": "adapter"}}, "training.lora.export", "did you mean `adapters`"),
+        ({"training.lora": {"export": "adapters"}}, "services.0.model", "no model by itself; name its base"),
+        (
+            {"services.0.model": "base", "services.0.adapters": [{"name": "a", "model": "code-1b"}]},
+            "services.0.adapters.0.model",
+            "set training.lora.export: adapters",
+        ),
+    ],
+)
+def test_adapters_are_served_beside_their_base_and_models_alone(
+    changed: Callable[..., Path], values: Json, key: str, says: str
+) -> None:
+    with pytest.raises(StackError) as refused:
+        load(tuned(changed, values))
+    assert f"slipway:{key}: " in str(refused.value)
+    assert says in str(refused.value)
+
+
 def test_adapters_need_less_memory_than_the_whole(changed: Callable[..., Path]) -> None:
     stack = plan(load(tuned(changed))).stack
     training = stack.training

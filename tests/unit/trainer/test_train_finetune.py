@@ -11,11 +11,13 @@ from safetensors import safe_open
 from test_train_sources import CHATS, QUIET, config_of, write_rows
 
 from trainer.command import read_train_command
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, PublishConfig, TrainConfig
 from trainer.data import Dataset, make_dataset
 from trainer.errors import Refused, StopSignal
+from trainer.evaluate import evaluate
 from trainer.export import export_package
-from trainer.package import load_package
+from trainer.package import load_package, package_digest
+from trainer.publish import publish
 from trainer.shapes import read_settings, shape_of
 from trainer.train import train
 
@@ -199,6 +201,70 @@ def test_adapters_learn_alone_and_open_in_peft_and_merged(chats, tmp_path):
     assert (merged - adapted).abs().max() <= 1e-4
     with safe_open(tmp_path / "apart" / "model" / "adapter_model.safetensors", framework="pt") as tensors:
         assert len(tensors.keys()) == 2 * 2 * 3
+
+
+@pytest.fixture
+def adapters(chats, tmp_path) -> tuple[Path, Path]:
+    """A base and adapters of it that were trained a little."""
+    base = their_package("Qwen2", tmp_path / "base", chats)
+    tune(chats, base, tmp_path / "apart", steps=2, lora={"rank": 4, "export": "adapters"})
+    return base, tmp_path / "apart" / "model"
+
+
+def test_adapters_are_measured_judged_and_published_without_their_base(chats, adapters, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, package = adapters
+    tune(chats, base, tmp_path / "merged", steps=2, lora={"rank": 4})
+    config, reports = EvaluateConfig.model_validate({"sample": {"max_tokens": 2}}), []
+    for model, more in ((tmp_path / "merged" / "model", {}), (package, {"base": base})):
+        out = tmp_path / f"evaluation-of-{model.parent.name}"
+        evaluate(config, model=model, data=chats.directory, out=out, log=QUIET, **more)
+        reports.append(json.loads((out / "evaluation.json").read_text()))
+    same = ("bits_per_byte", "loss", "intervals", "sample")
+    assert [reports[0][name] for name in same] == [reports[1][name] for name in same]
+    assert reports[0]["model_digest"] != reports[1]["model_digest"]
+
+    registry, gate = tmp_path / "registry", PublishConfig.model_validate({"gate": {"must_beat": None}})
+    words = {"registry": str(registry), "name": "support", "channel": "production", "log": QUIET}
+    with pytest.raises(Refused, match="about another model"):
+        publish(gate, model=package, report=tmp_path / "evaluation-of-merged" / "evaluation.json", **words)
+    publish(gate, model=package, report=tmp_path / "evaluation-of-apart" / "evaluation.json", **words)
+    channel = json.loads((registry / "models" / "support" / "channels" / "production.json").read_text())
+    entry = registry / "models" / "support" / channel["digest"]
+    assert json.loads((entry / "slipway.json").read_text())["base_digest"] == package_digest(base)
+    assert not (entry / "model.safetensors").exists()
+    tokens = torch.randint(0, chats.vocab_size, (2, 60))
+    with torch.inference_mode():
+        theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        opened = PeftModel.from_pretrained(theirs, str(entry)).eval()(tokens).logits
+        assert (opened - load_package(entry, base=base)(tokens)).abs().max() <= 1e-4
+        assert torch.equal(load_package(entry)(tokens), load_package(tmp_path / "merged" / "model")(tokens))
+
+
+def test_adapters_without_their_own_base_are_refused(chats, adapters, tmp_path):
+    base, package = adapters
+    with pytest.raises(Refused, match=r"the base of the adapters is not there .*base=DIR"):
+        load_package(package, base=tmp_path / "nowhere")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    with pytest.raises(Refused, match=r"was not trained on this base .*base=DIR"):
+        load_package(package)
+
+
+@pytest.mark.parametrize("cut", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_adapters_are_refused(adapters, cut):
+    base, package = adapters
+    (package / cut).write_bytes((package / cut).read_bytes()[:20])
+    with pytest.raises(Refused, match="cannot be read"):
+        load_package(package, base=base)
+
+
+def test_a_misspelt_form_of_export_is_refused(train_yaml):
+    train_yaml.write_text(yaml.safe_dump({**TRAIN, "lora": {"export": "adapter"}}))
+    with pytest.raises(Refused, match=r"'lora.export': .*'merged' or 'adapters' .*train.yaml:"):
+        read_train_command(["--config", str(train_yaml), "data=D", "run=R"])
 
 
 def test_a_classifier_learns_and_opens_in_transformers(tmp_path):
