@@ -194,8 +194,11 @@ def archives(kubeconfig: Path, tell: Tell) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def settled(archives: Path, kubeconfig: Path, project: Path, tell: Tell) -> Json:
-    """The stack, with its images, up to the ready server."""
-    return bring(project, kubeconfig, tell=tell)
+    """The stack, with its images, up to the ready server; from there on it is `slipway apply`'s."""
+    made = bring(project, kubeconfig, tell=tell)
+    # What `pulumi up` made is taken over: an object that is in no inventory would stay when the stack has it no more.
+    slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
+    return made
 
 
 @pytest.fixture(scope="session")

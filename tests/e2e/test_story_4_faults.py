@@ -43,6 +43,8 @@ class Ordeal:
     undisturbed: Json
     disturbed: Json
     load: Load
+    status: Json
+    """What `slipway status` said of the training meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def ordeal(
             with load_from_inside(cluster, kubectl, namespace=namespace, model="pylib") as load:
                 for fault in (a_full_disk_and_no_control_plane, a_deleted_pod, a_drain_and_a_rank_out_of_memory):
                     stack.goes_on()
+                    status = slipway(
+                        "status", "-s", "dev", "--no-drift", "--json", cwd=project, kubeconfig=kubeconfig, check=False
+                    )
                     fault(stack)
                 slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
                 result = load()
@@ -120,7 +125,7 @@ def ordeal(
         kubectl("-n", namespace, "delete", "job", "-l", GANG)
         write_stack(project, {})
         slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
-    return Ordeal(undisturbed, disturbed, result)
+    return Ordeal(undisturbed, disturbed, result, json.loads(status.stdout)["training"])
 
 
 def _servers(cluster: Cluster, namespace: str) -> int:
@@ -199,3 +204,8 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(ordeal: Ordeal) -> 
 def test_no_request_fails(ordeal: Ordeal) -> None:
     assert ordeal.load.failures == []
     assert ordeal.load.answered > 0
+
+
+def test_a_person_is_told_how_far_it_is(ordeal: Ordeal) -> None:
+    assert 0 < ordeal.status["last_checkpoint_step"] <= ordeal.status["step"] <= ordeal.status["steps"]
+    assert 0 < ordeal.status["goodput_ratio"] < 1

@@ -1,4 +1,5 @@
-"""What a person is told of pods that do not run: another stack beside `dev`, which finds a taint, no room, no image, no volume."""
+"""What a person is told of pods that do not run: another stack beside `dev`, which finds a taint, no room, no image, no volume, a
+quota."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,12 +15,16 @@ Said = Callable[[str], str]
 NOWHERE = "localhost/nowhere:1"
 
 
+def namespace_of(test: Callable[..., None]) -> str:
+    return test.__name__.replace("_", "-")
+
+
 @pytest.fixture
 def beside(
     request: pytest.FixtureRequest, kubeconfig: Path, kubectl: Callable[..., Any], tmp_path: Path
 ) -> Iterator[Callable[[Json], Said]]:
     """Brings `dev` with changes to a namespace of its own; the function returned tells what `slipway status` says of a workload."""
-    namespace = request.function.__name__.replace("_", "-")
+    namespace = namespace_of(request.function)
     (tmp_path / "stacks").mkdir()
     (tmp_path / "Pulumi.yaml").write_text((ROOT / "Pulumi.yaml").read_text())
 
@@ -54,3 +59,13 @@ def test_no_volume(beside: Callable[[Json], Said]) -> None:
     said = beside({"storage.class_name": "nowhere"})
     until(lambda: '"nowhere" not found; mend storage.class_name' in said("volume/runs"), "no want of a class is told")
     until(lambda: "volume 'runs' is not bound" in said("job/train"), "the pods do not say it")
+
+
+def test_a_quota(beside: Callable[[Json], Said], kubectl: Callable[..., Any]) -> None:
+    """Not the stack's own, which is judged before anything is created: somebody else's, in the same namespace."""
+    namespace = namespace_of(test_a_quota)
+    kubectl("create", "namespace", namespace)
+    kubectl("-n", namespace, "create", "quota", "tight", "--hard=pods=1")
+    said = beside({})
+    until(lambda: "quota 'tight' keeps it out" in said("job/train"), "no quota is told")
+    assert "pods: all of 1 used" in said("quota/tight")
