@@ -46,6 +46,7 @@ class Answer(Protocol):
     """A request being answered: whole, or by the events of its stream."""
 
     generation: Generation
+    head: dict[str, Any]  # what the whole answer says, and each of its events
 
     async def whole(self) -> dict[str, Any]: ...
 
@@ -195,7 +196,7 @@ async def _answer(request: Request, answer: Answer, events: Callable[[], Any] | 
         if generation.structured:
             await until_disconnect(generation.peek(), request.receive)
         streaming = True  # from here on the stream closes the generation
-        return EventStream(events(), on_close=generation.close, headers=headers)
+        return EventStream(events(), head=answer.head, on_close=generation.close, headers=headers)
     finally:
         if not streaming:
             generation.close()

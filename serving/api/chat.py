@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: messages in, one message or a call of a tool out."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from serving.api.completions import token_text
@@ -23,6 +23,7 @@ class Chat:
         self.request, self.generation = request, generation
         self.head = {
             "id": f"chatcmpl-{generation.caller.request_id}",
+            "object": "chat.completion.chunk" if request.stream else "chat.completion",
             "created": generation.created_s,
             "model": generation.served.name,
         }
@@ -53,12 +54,13 @@ class Chat:
         texts, reasons = [""] * n, [""] * n
         calls: list[list[Call]] = [[] for _ in range(n)]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-        async for index, output in self.generation:
-            said, called, reason = self._read(index, output)
-            texts[index] += said
-            calls[index] += called
-            reasons[index] = reason or ""
-            logprobs[index] += self._logprobs(output)
+        async for outputs in self.generation:
+            for index, output in outputs:
+                said, called, reason = self._read(index, output)
+                texts[index] += said
+                calls[index] += called
+                reasons[index] = reason or ""
+                logprobs[index] += self._logprobs(output)
         choices = [
             {
                 "index": index,
@@ -69,28 +71,31 @@ class Chat:
             for index in range(n)
         ]
         usage = self.generation.usage()
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return {**self.head, "choices": choices, "usage": usage}
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        head = {**self.head, "object": "chat.completion.chunk"}
+    async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
         num_calls = [0] * (self.request.n or 1)
-        for index in range(self.request.n or 1):
-            yield {**head, "choices": [_choice(index, {"role": "assistant", "content": ""})], **usage}
-        async for index, output in self.generation:
-            said, calls, reason = self._read(index, output)
-            content = self._logprobs(output)
-            logprobs = {"content": content, "refusal": None} if self.request.logprobs else None
-            if said or content:
-                yield {**head, "choices": [_choice(index, {"content": said}, logprobs)], **usage}
-            for call in calls:
-                delta = {"tool_calls": [{"index": num_calls[index], **call.body()}]}
-                num_calls[index] += 1
-                yield {**head, "choices": [_choice(index, delta)], **usage}
-            if reason:
-                yield {**head, "choices": [_choice(index, {}, None, reason)], **usage}
+        opening = {"role": "assistant", "content": ""}
+        yield [{"choices": [_choice(index, opening)], **usage} for index in range(self.request.n or 1)]
+        async for outputs in self.generation:
+            choices = [choice for index, output in outputs for choice in self._deltas(index, output, num_calls)]
+            yield [{"choices": [choice], **usage} for choice in choices]
         if usage:
-            yield {**head, "choices": [], "usage": self.generation.usage()}
+            yield [{"choices": [], "usage": self.generation.usage()}]
+
+    def _deltas(self, index: int, output: Output, num_calls: list[int]) -> Iterator[dict[str, Any]]:
+        """What an output adds to a choice that is streamed: text, calls, and the end."""
+        said, calls, reason = self._read(index, output)
+        content = self._logprobs(output)
+        if said or content:
+            logprobs = {"content": content, "refusal": None} if self.request.logprobs else None
+            yield _choice(index, {"content": said}, logprobs)
+        for call in calls:
+            yield _choice(index, {"tool_calls": [{"index": num_calls[index], **call.body()}]})
+            num_calls[index] += 1
+        if reason:
+            yield _choice(index, {}, None, reason)
 
     def _read(self, index: int, output: Output) -> tuple[str, list[Call], str | None]:
         """What an output says, what it calls, and why the answer ends with it, if it does."""

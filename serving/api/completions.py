@@ -1,6 +1,6 @@
 """`POST /v1/completions`: text in, text out."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from serving.api.context import Caller, Context
@@ -51,14 +51,15 @@ class Completion:
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         reasons: list[str | None] = [None] * len(texts)
         scores = [0.0] * len(texts)  # mean logprob of a token
-        async for index, output in self.generation:
-            texts[index] += output.text
-            reasons[index] = output.finish_reason or reasons[index]
-            scores[index] = output.cumulative_logprob / max(output.num_tokens, 1)
-            new = self._logprobs(index, output)
-            if new is not None:
-                old = logprobs[index] or {key: [] for key in new}
-                logprobs[index] = {key: old[key] + new[key] for key in new}
+        async for outputs in self.generation:
+            for index, output in outputs:
+                texts[index] += output.text
+                reasons[index] = output.finish_reason or reasons[index]
+                scores[index] = output.cumulative_logprob / max(output.num_tokens, 1)
+                new = self._logprobs(index, output)
+                if new is not None:
+                    old = logprobs[index] or {key: [] for key in new}
+                    logprobs[index] = {key: old[key] + new[key] for key in new}
         choices = [
             {"index": i, "text": texts[at], "logprobs": logprobs[at], "finish_reason": reasons[at]}
             for i, at in enumerate(self._best(scores))
@@ -73,20 +74,25 @@ class Completion:
         groups = [range(start, start + m) for start in range(0, len(scores), m)]
         return [at for group in groups for at in sorted(group, key=lambda at: -scores[at])[:n]]
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
-        for index, echo in enumerate(self.echoes):
-            if echo and self.request.logprobs is None:  # with logprobs, the echo comes with the prompt's
-                yield {**self.head, "choices": [_choice(index, echo)], **usage}
-        async for index, output in self.generation:
-            text = output.text
-            if output.prompt_logprobs is not None:
-                text = self.echoes[index] + text
-            logprobs = self._logprobs(index, output)
-            if text or output.finish_reason or (logprobs and logprobs["tokens"]):
-                yield {**self.head, "choices": [_choice(index, text, logprobs, output.finish_reason)], **usage}
+        if self.request.logprobs is None:  # with logprobs, the echo comes with the prompt's
+            echoes = [_choice(index, echo) for index, echo in enumerate(self.echoes) if echo]
+            yield [{"choices": [choice], **usage} for choice in echoes]
+        async for outputs in self.generation:
+            choices = [choice for index, output in outputs for choice in self._deltas(index, output)]
+            yield [{"choices": [choice], **usage} for choice in choices]
         if usage:
-            yield {**self.head, "choices": [], "usage": self.generation.usage()}
+            yield [{"choices": [], "usage": self.generation.usage()}]
+
+    def _deltas(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
+        """What an output adds to a choice that is streamed, if anything."""
+        text = output.text
+        if output.prompt_logprobs is not None:
+            text = self.echoes[index] + text
+        logprobs = self._logprobs(index, output)
+        if text or output.finish_reason or (logprobs and logprobs["tokens"]):
+            yield _choice(index, text, logprobs, output.finish_reason)
 
     def _logprobs(self, index: int, output: Output) -> dict[str, list[Any]] | None:
         if output.logprobs is None or self.request.logprobs is None:

@@ -18,6 +18,7 @@ class Embeddings:
 
     def __init__(self, request: EmbeddingRequest, generation: Generation, count: int) -> None:
         self.request, self.generation, self.count = request, generation, count
+        self.head = {"object": "list", "model": generation.served.name}
 
     @classmethod
     async def start(cls, context: Context, body: EmbeddingRequest, caller: Caller) -> "Embeddings":
@@ -33,13 +34,14 @@ class Embeddings:
 
     async def whole(self) -> dict[str, Any]:
         vectors: list[tuple[float, ...]] = [()] * self.count
-        async for index, output in self.generation:
-            assert output.embedding is not None
-            vectors[index] = output.embedding
+        async for outputs in self.generation:
+            for index, output in outputs:
+                assert output.embedding is not None
+                vectors[index] = output.embedding
         data = [{"object": "embedding", "index": i, "embedding": self._encode(v)} for i, v in enumerate(vectors)]
         tokens = self.generation.prompt_tokens
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self.generation.served.name, "usage": usage}
+        return {**self.head, "data": data, "usage": usage}
 
     def _encode(self, vector: tuple[float, ...]) -> list[float] | str:
         """Cut to `dimensions` and of unit length again, as numbers or as base64 of little-endian float32."""

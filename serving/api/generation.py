@@ -91,7 +91,7 @@ def context_overflow(served: Served, prompt_tokens: str, max_tokens: int) -> Api
 
 
 class Generation:
-    """Iterates over (choice, output) and keeps the books: usage, quota, latencies, outcome."""
+    """Iterates over lists of (choice, output), as they come, and keeps the books: usage, quota, latencies, outcome."""
 
     def __init__(
         self, context: Context, caller: Caller, served: Served, prompts: list[tuple[list[int], SamplingParams]], *,
@@ -113,29 +113,29 @@ class Generation:
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
         self._outcome = "aborted"  # until an end is reached
-        self._peeked: list[tuple[int, Output]] = []
+        self._peeked: list[list[tuple[int, Output]]] = []
         self._stream = served.engine.submit(
             prompts, priority=caller.priority, tenant=caller.tenant, adapter=served.adapter
         )
         self._outputs = aiter(self._stream)
         limit_s = min(caller.deadline_s or math.inf, context.settings.max_request_s)
         late = DeadlineExceeded(f"it was not complete after {limit_s:g} seconds")
-        self._timer = asyncio.get_running_loop().call_later(limit_s, self._stream.put, late)
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self._stream.fail, late)
         self._metrics.prompt_tokens.inc(usage_prompt_tokens)
 
     async def peek(self) -> None:
-        """Waits for the first output, so that a refusal by the engine can still become the answer's status."""
+        """Waits for the first outputs, so that a refusal by the engine can still become the answer's status."""
         self._peeked.append(await self._next())
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
-        for item in self._peeked:
-            yield item
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Output]]]:
+        for outputs in self._peeked:
+            yield outputs
         while True:
             try:
-                item = await self._next()
+                outputs = await self._next()
             except StopAsyncIteration:
                 return
-            yield item
+            yield outputs
 
     def close(self) -> None:
         """Frees what the request still holds, and files its outcome. Must be called once, whatever happened."""
@@ -169,31 +169,35 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens // max(self._copies, 1)},
         }
 
-    async def _next(self) -> tuple[int, Output]:
-        """The next output. Raises `ApiError` when there will be none, and `StopAsyncIteration` at the end."""
+    async def _next(self) -> list[tuple[int, Output]]:
+        """The next outputs. Raises `ApiError` when there will be none, and `StopAsyncIteration` at the end."""
         try:
-            index, output = await anext(self._outputs)
+            outputs = await anext(self._outputs)
         except DeadlineExceeded as error:
             self._outcome = "deadline"
             raise ApiError(504, f"The answer was given up: {error}", code="deadline_exceeded") from None
         except EngineError as error:
             self._outcome = "error"
             raise ApiError(500, f"The answer was interrupted: {error}", code="engine_failed") from None
-        if output.finish_reason == "error":
-            self._outcome = "invalid"
-            if not self.structured:
-                raise bad_request(output.text, code="unsupported")
-            raise bad_request(output.text, param="response_format", code="invalid_structure")
+        now_s = time.monotonic()
+        for index, output in outputs:
+            if output.finish_reason in ("error", "failed"):
+                raise self._refusal(output)
+            self._count(index, output, now_s)
+        return outputs
+
+    def _refusal(self, output: Output) -> ApiError:
         if output.finish_reason == "failed":
             self._outcome = "error"
-            raise ApiError(500, f"The answer failed: {output.text}", code="engine_failed")
-        self._count(index, output)
-        return index, output
+            return ApiError(500, f"The answer failed: {output.text}", code="engine_failed")
+        self._outcome = "invalid"
+        if not self.structured:
+            return bad_request(output.text, code="unsupported")
+        return bad_request(output.text, param="response_format", code="invalid_structure")
 
-    def _count(self, index: int, output: Output) -> None:
-        metrics, now_s = self._metrics, time.monotonic()
+    def _count(self, index: int, output: Output, now_s: float) -> None:
+        metrics = self._metrics
         new = output.num_tokens - self._num_tokens[index]
-        metrics.output_tokens.inc(new)
         self._num_tokens[index] = output.num_tokens
         if index not in self._first_s:
             self._first_s[index] = now_s

@@ -39,26 +39,39 @@ class EngineError(RuntimeError):
 
 
 class Stream:
-    """The outputs of one request's sequences as they come. `async for index, output in stream`, and then `close`."""
+    """The outputs of one request's sequences as they come. `async for outputs in stream`, and then `close`."""
 
     def __init__(self, engine: "EngineProcess", seq_ids: range) -> None:
         self._engine = engine
         self._seq_ids = seq_ids
         self._open = set(seq_ids)
-        self._queue: asyncio.Queue[Output | EngineError] = asyncio.Queue()
+        self._arrived: list[Output] = []
+        self._failure: EngineError | None = None
+        self._news = asyncio.Event()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
-        """(index of the sequence in the request, its next output), until all are finished. Raises `EngineError`."""
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Output]]]:
+        """All that has come since: (index of the sequence in the request, what it goes on with), until all are finished.
+
+        A reader who is behind finds the outputs of several steps at once. Raises `EngineError`.
+        """
         while self._open:
-            output = await self._queue.get()
-            if isinstance(output, EngineError):
-                raise output
-            if output.finish_reason:
-                self._open.discard(output.seq_id)
-            yield output.seq_id - self._seq_ids.start, output
+            await self._news.wait()
+            self._news.clear()
+            arrived, self._arrived = self._arrived, []
+            self._open.difference_update(output.seq_id for output in arrived if output.finish_reason)
+            if arrived:
+                yield [(output.seq_id - self._seq_ids.start, output) for output in arrived]
+            if self._failure is not None and self._open:
+                raise self._failure
 
-    def put(self, output: Output | EngineError) -> None:
-        self._queue.put_nowait(output)
+    def put(self, output: Output) -> None:
+        self._arrived.append(output)
+        self._news.set()
+
+    def fail(self, failure: EngineError) -> None:
+        """There will be no more. What has come before is still read."""
+        self._failure = failure
+        self._news.set()
 
     def close(self) -> None:
         """Aborts what has not finished, and frees its blocks. Closing a stream that has ended does nothing."""
@@ -210,4 +223,4 @@ class EngineProcess:
         if not self._loaded.done():
             self._loaded.set_exception(EngineError(why))
         for stream in set(self._streams.values()):
-            stream.put(EngineError(why))
+            stream.fail(EngineError(why))

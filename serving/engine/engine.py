@@ -45,7 +45,7 @@ class Engine:
         self._memory = MemoryWatch(settings.min_free_bytes)
         self._refused: list[Output] = []
         self._forming: dict[int, Future[Matcher]] = {}  # sequences whose structure is being prepared
-        self._aborts = 0
+        self._aborts = self._output_tokens = 0
 
     @classmethod
     def load(
@@ -98,7 +98,7 @@ class Engine:
         s = self.scheduler
         return Counters(
             s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts,
-            self.adapters.loads, self.adapters.evictions,
+            self.adapters.loads, self.adapters.evictions, self._output_tokens,
         )  # fmt: skip
 
     def warm_up(self) -> None:
@@ -114,6 +114,7 @@ class Engine:
             self.generate(prompts, SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True))
         self.scheduler.pace.settle()
         self.scheduler.prefix_hit_tokens = self.scheduler.prefix_miss_tokens = 0  # no request was among them
+        self._output_tokens = 0
 
     def step(self) -> list[Output]:
         begin_s = time.perf_counter()
@@ -208,6 +209,7 @@ class Engine:
             finish_reason = "stop" if params.embed else "length"
         else:
             seq.token_ids.append(token_id)
+            self._output_tokens += 1
             if seq.matcher is not None and token_id not in self.tokenizer.eos_ids:
                 seq.matcher.advance(token_id)
             ends = token_id in self.tokenizer.eos_ids and not params.ignore_eos

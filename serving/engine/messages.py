@@ -1,7 +1,7 @@
 """What the server and its engine process say to each other: plain tuples, cheap to pickle, typed on both sides."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from serving.settings import Settings
 
@@ -124,6 +124,7 @@ class Counters(NamedTuple):
     aborts: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
+    output_tokens: int = 0
 
 
 class Step(NamedTuple):
@@ -134,6 +135,14 @@ class Step(NamedTuple):
     counters: Counters = Counters()
     bandwidth_ratio: float = 0.0  # of the memory's, over the latest steps
     mfu_ratio: float = 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without a look-up of its class for each output: an eighth of the time, at every step."""
+        return _step, (list(map(tuple, self.outputs)), *self[1:])
+
+
+def _step(outputs: list[tuple[Any, ...]], *rest: Any) -> Step:
+    return Step(list(map(Output._make, outputs)), *rest)
 
 
 Reply = Loading | Ready | Failed | Step

@@ -5,6 +5,7 @@ round, a model swapped out gives back all of its memory, and a server that waits
 """
 
 import os
+import pickle
 import queue
 import sys
 import threading
@@ -58,8 +59,9 @@ class Outbox(Connection):
         self._lock = threading.Lock()
 
     def send(self, obj: Reply) -> None:
+        data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)  # multiprocessing's own pickler is slower
         with self._lock:
-            super().send(obj)
+            self.send_bytes(data)
 
 
 def _end_with_ranks(connection: Outbox) -> None:
