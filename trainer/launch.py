@@ -6,12 +6,17 @@ validated before any rank is started or waited for, and the ranks' own code is k
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer.command import read_train_command
 from trainer.config import TrainConfig
 from trainer.errors import REFUSED, Failed, Interrupted, Refused, run_program
 from trainer.layout import layout_of
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR run=DIR [key=value …]"
 
@@ -30,13 +35,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig) -> None:
-    # Loading torch takes seconds, and a refusal should not wait for it.
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import api
-    from torch.distributed.run import config_from_args, get_args_parser
-
-    from trainer.agent import LOST, Agent
+    # Of a peer that has gone it would print frames of C++ as a warning; what is an error is told by us.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from torch.distributed.run import config_from_args, get_args_parser  # it takes seconds, which a refusal need not
 
     options = get_args_parser().parse_args([*flags, "-m", "trainer", *trainer_arguments])
     if options.standalone:
@@ -44,17 +45,31 @@ def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig)
     launch_config, command, command_arguments = config_from_args(options)
     if launch_config.min_nodes == launch_config.max_nodes:  # else the world is known only after the rendezvous
         layout_of(config, world=launch_config.max_nodes * launch_config.nproc_per_node)
+    run_node(launch_config, command, *command_arguments)
+
+
+def run_node(config: "LaunchConfig", entry: Callable[..., None] | str | None, *arguments: Any) -> None:
+    """The ranks of one node, until all have ended well; `entry` is a command or a function.
+
+    Raises Interrupted where they were stopped, and Failed where one failed or the other nodes were lost.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    from trainer.agent import LOST, Agent
+
     api.LocalElasticAgent = Agent  # pyright: ignore[reportPrivateImportUsage]  # there is no argument for another
     try:
-        api.elastic_launch(launch_config, command)(*command_arguments)
+        api.elastic_launch(config, entry)(*arguments)
     except SignalException as signal:
         raise Interrupted(f"the ranks were stopped by {signal.sigval.name}") from None
     except ChildFailedError as error:
         raise _as_ours(error) from None
     except LOST as error:
         fix = "See the logs of the other launchers; the next start goes on from the newest checkpoint."
-        reason = str(error).splitlines()[0]
-        raise Failed(f"the other launchers were lost: {reason}", where=options.rdzv_endpoint, fix=fix) from None
+        reason = str(error).split(". See inner")[0].splitlines()[0]
+        raise Failed(f"the other launchers were lost: {reason}", where=config.rdzv_endpoint, fix=fix) from None
 
 
 def _as_ours(error: Exception) -> Exception:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import trainer.plot  # noqa: F401  # once here, and not in every fork that ends
 from tests.ports import free_port
 from trainer.config import TrainConfig
 from trainer.errors import StopSignal
@@ -20,7 +21,7 @@ from trainer.train import train
 
 
 def fork(act: Callable[[], None], *, said: Path) -> int:
-    """The pid of a process that does `act` and exits with 0, or with 1 when it raised; what it says goes to a file."""
+    """The pid of a process that does `act` and exits with 0, as `act` says, or with 1 when it raised; what it says goes to a file."""
     pid = os.fork()
     if pid:
         return pid
@@ -29,6 +30,8 @@ def fork(act: Callable[[], None], *, said: Path) -> int:
         sys.stdout = sys.stderr = said.open("a")
         act()
         code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
