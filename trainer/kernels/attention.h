@@ -6,6 +6,8 @@
 
 #include "rows.h"
 
+constexpr long QUERIES = 48;  // of a block
+
 // One head's queries, and the keys and values that they look at: matrices (L, W) whose rows lie `row` apart. `starts` (L) has
 // the first position that each may see; null: the very first.
 struct Head {
@@ -51,11 +53,11 @@ static void attend(const Head& head, float* to, long to_row, float* logarithms) 
     const long length = head.length, width = head.width;
     const Panels keys = pack_here(transposed(head.k, head.row), width, length, rooms[0].of(Panels::floats(width, length)));
     const Panels values = pack_here(plain(head.v, head.row), length, width, rooms[1].of(Panels::floats(length, width)));
-    float* scores = rooms[2].of(BLOCK * Panels::padded(length));
-    for (long first = 0; first < length; first += BLOCK) {
-        const long rows = std::min(BLOCK, length - first), seen = first + rows, row = Panels::padded(seen);
+    float* scores = rooms[2].of(QUERIES * Panels::padded(length));
+    for (long first = 0; first < length; first += QUERIES) {
+        const long rows = std::min(QUERIES, length - first), seen = first + rows, row = Panels::padded(seen);
         multiply(plain(head.q + first * head.row, head.row), rows, {keys.at, width, seen}, into(scores, row));
-        float shares[BLOCK];
+        float shares[QUERIES];
         for (long i = 0; i < rows; ++i) {
             const long start = head.start(first + i), end = first + i + 1;
             const float most = highest(scores + i * row, start, end) * head.scale();
@@ -73,9 +75,9 @@ static void attend(const Head& head, float* to, long to_row, float* logarithms) 
 // to (seen, W) += a (rows, seen)ᵀ · b (rows, W).
 static void add_products(const float* a, long a_row, Matrix b, long rows, long seen, long width, float* to, long to_row) {
     thread_local Room room;
-    const Panels panels = pack_here(b, rows, width, room.of(Panels::floats(BLOCK, width)));
-    for (long key = 0; key < seen; key += BLOCK)
-        multiply(transposed(a + key, a_row), std::min(BLOCK, seen - key), panels, onto(to + key * to_row, to_row));
+    const Panels panels = pack_here(b, rows, width, room.of(Panels::floats(QUERIES, width)));
+    for (long key = 0; key < seen; key += QUERIES)
+        multiply(transposed(a + key, a_row), std::min(QUERIES, seen - key), panels, onto(to + key * to_row, to_row));
 }
 
 // `out` and `from`, its gradient, are (L, W) with rows `out_row` apart; the gradients of queries, keys and values lie as those
@@ -87,9 +89,9 @@ static void attend_back(const Head& head, const float* out, const float* from, l
     const Panels keys = pack_here(transposed(head.k, head.row), width, length, rooms[0].of(Panels::floats(width, length)));
     const Panels values = pack_here(transposed(head.v, head.row), width, length, rooms[1].of(Panels::floats(width, length)));
     const Panels keys_down = pack_here(plain(head.k, head.row), length, width, rooms[2].of(Panels::floats(length, width)));
-    float *weights = rooms[3].of(BLOCK * Panels::padded(length)), *scores = rooms[4].of(BLOCK * Panels::padded(length));
-    for (long first = 0; first < length; first += BLOCK) {
-        const long rows = std::min(BLOCK, length - first), seen = first + rows, row = Panels::padded(seen);
+    float *weights = rooms[3].of(QUERIES * Panels::padded(length)), *scores = rooms[4].of(QUERIES * Panels::padded(length));
+    for (long first = 0; first < length; first += QUERIES) {
+        const long rows = std::min(QUERIES, length - first), seen = first + rows, row = Panels::padded(seen);
         const Matrix queries = plain(head.q + first * head.row, head.row), own = plain(from + first * out_row, out_row);
         multiply(queries, rows, {keys.at, width, seen}, into(weights, row));
         multiply(own, rows, {values.at, width, seen}, into(scores, row));

@@ -1,6 +1,6 @@
 // A decoder's block in float32 on a CPU, forward and backward, and the head with its loss. Between products of such sizes
-// torch would read and write all of memory again for each small operation; here BLOCK rows go through everything while they
-// lie in the cache.
+// torch would read and write all of memory again for each small operation; here a block of rows goes through everything while
+// it lies in the cache.
 //
 // Shapes: T tokens (B sequences of L, one after another), D hidden, F feed-forward, A = heads·W and K = kv_heads·W, the widths
 // of queries and of keys, V outputs. Matrices are torch's: (outputs, inputs), row after row.
@@ -25,6 +25,7 @@ struct Block {
     long queries() const { return heads * width; }
     long keys() const { return kv_heads * width; }
     long row() const { return queries() + 2 * keys(); }
+    long together() const { return rows_together(hidden); }
 
     Head head(long sequence, long number) const {
         const float* at = qkv + sequence * length * row();
@@ -48,7 +49,7 @@ Panels panels(int number, long depth, long columns) {
     return {panels_of[number].of(Panels::floats(depth, columns)), depth, columns};
 }
 
-long blocks_of(long rows) { return (rows + BLOCK - 1) / BLOCK; }
+long blocks_of(long rows, long each) { return (rows + each - 1) / each; }
 
 // Sums over rows of what blocks of them added up apart, so that the order is the same for any number of threads.
 void add_up(const float* parts, long count, long width, float* to) {
@@ -73,7 +74,7 @@ void into_attention(const Block& b) {
     Packing packed[3];
     for (int i = 0; i < 3; ++i) packed[i] = {transposed(matrices[i], hidden), panels(i, hidden, widths[i])};
     pack(packed);
-    for_blocks(b.tokens(), [&](long first, long rows) {
+    for_blocks(b.tokens(), b.together(), [&](long first, long rows) {
         thread_local Room room;
         float *normed = room.of(BLOCK * hidden), *own = b.qkv + first * b.row(), *to = own;
         norm(b.x + first * hidden, b.before, rows, hidden, b.eps, b.x_scale + first, normed);
@@ -97,7 +98,7 @@ void out_of_attention(const Block& b, float* out) {
     const Panels o = panels(0, queries, hidden), gate_w = panels(1, hidden, ffn);
     const Panels up = panels(2, hidden, ffn), down = panels(3, ffn, hidden);
     pack({{transposed(b.o, queries), o}, {transposed(b.gate, hidden), gate_w}, {transposed(b.up, hidden), up}, {transposed(b.down, ffn), down}});
-    for_blocks(b.tokens(), [&](long first, long rows) {
+    for_blocks(b.tokens(), b.together(), [&](long first, long rows) {
         thread_local Room room;
         float *normed = room.of(BLOCK * (hidden + ffn)), *opened = normed + BLOCK * hidden;
         float *middle = b.middle + first * hidden, *both = b.both + first * 2 * ffn;
@@ -117,8 +118,8 @@ void out_of_attention_back(const Block& b, const float* gradient, const Gradient
     const Panels up = panels(2, ffn, hidden), down = panels(3, hidden, ffn);
     pack({{plain(b.o, queries), o}, {plain(b.gate, hidden), gate_w}, {plain(b.up, hidden), up}, {plain(b.down, ffn), down}});
     float *normed = rooms[0].of(tokens * hidden), *opened = rooms[1].of(tokens * ffn), *both = rooms[2].of(tokens * 2 * ffn);
-    float* gains = rooms[3].of(blocks_of(tokens) * hidden);
-    for_blocks(tokens, [&](long first, long rows) {
+    float* gains = rooms[3].of(blocks_of(tokens, b.together()) * hidden);
+    for_blocks(tokens, b.together(), [&](long first, long rows) {
         thread_local Room room;
         float *opened_gradient = room.of(BLOCK * ffn), *own = both + first * 2 * ffn, *back = to.x + first * hidden;
         const float *from = gradient + first * hidden, *middle = b.middle + first * hidden, *scale = b.middle_scale + first;
@@ -127,10 +128,10 @@ void out_of_attention_back(const Block& b, const float* gradient, const Gradient
         multiply(plain(own, 2 * ffn), rows, gate_w, into(back, hidden));
         multiply(plain(own + ffn, 2 * ffn), rows, up, onto(back, hidden));
         norm_again(middle, b.after, rows, hidden, scale, normed + first * hidden);
-        norm_back(back, middle, b.after, scale, from, rows, hidden, back, gains + first / BLOCK * hidden);
+        norm_back(back, middle, b.after, scale, from, rows, hidden, back, gains + first / b.together() * hidden);
         multiply(plain(back, hidden), rows, o, into(attended + first * queries, queries));
     });
-    add_up(gains, blocks_of(tokens), hidden, to.after);
+    add_up(gains, blocks_of(tokens, b.together()), hidden, to.after);
     if (!to.o) return;
     const WeightGradient down_gradient = {plain(gradient, hidden), hidden, plain(opened, ffn), ffn, to.down};
     const WeightGradient both_gradient = {plain(both, 2 * ffn), 2 * ffn, plain(normed, hidden), hidden, to.both};
@@ -163,17 +164,17 @@ void into_attention_back(const Block& b, float* qkv, const Gradients& to) {
     Packing packed[3];
     for (int i = 0; i < 3; ++i) packed[i] = {plain(matrices[i], hidden), panels(i, widths[i], hidden)};
     pack(packed);
-    float *normed = rooms[0].of(tokens * hidden), *gains = rooms[3].of(blocks_of(tokens) * hidden);
-    for_blocks(tokens, [&](long first, long rows) {
+    float *normed = rooms[0].of(tokens * hidden), *gains = rooms[3].of(blocks_of(tokens, b.together()) * hidden);
+    for_blocks(tokens, b.together(), [&](long first, long rows) {
         thread_local Room room;
         float *back = room.of(BLOCK * hidden), *own = qkv + first * b.row(), *at = own, *x = to.x + first * hidden;
         turn_rows(b, first, rows, -1.0f, own);
         for (int i = 0; i < 3; at += widths[i++])
             multiply(plain(at, b.row()), rows, packed[i].to, i ? onto(back, hidden) : into(back, hidden));
         norm_again(b.x + first * hidden, b.before, rows, hidden, b.x_scale + first, normed + first * hidden);
-        norm_back(back, b.x + first * hidden, b.before, b.x_scale + first, x, rows, hidden, x, gains + first / BLOCK * hidden);
+        norm_back(back, b.x + first * hidden, b.before, b.x_scale + first, x, rows, hidden, x, gains + first / b.together() * hidden);
     });
-    add_up(gains, blocks_of(tokens), hidden, to.before);
+    add_up(gains, blocks_of(tokens, b.together()), hidden, to.before);
     if (to.qkv) weight_gradients({{plain(qkv, b.row()), b.row(), plain(normed, hidden), hidden, to.qkv}}, tokens);
 }
 
@@ -198,21 +199,21 @@ void block_backward(const Block* block, const float* gradient, const Gradients* 
 
 // y = x·gain/√(mean(x²) + eps) of each row of `x` (T, D); `scale` (T) is kept.
 void norm_forward(long tokens, long hidden, float eps, const float* x, const float* gain, float* scale, float* y) {
-    for_blocks(tokens, [&](long first, long rows) {
+    for_blocks(tokens, BLOCK, [&](long first, long rows) {
         norm(x + first * hidden, gain, rows, hidden, eps, scale + first, y + first * hidden);
     });
 }
 
 void norm_backward(long tokens, long hidden, const float* gradient, const float* x, const float* gain, const float* scale,
                    float* x_gradient, float* gain_gradient) {
-    float* gains = rooms[3].of(blocks_of(tokens) * hidden);
-    for_blocks(tokens, [&](long first, long rows) {
+    float* gains = rooms[3].of(blocks_of(tokens, BLOCK) * hidden);
+    for_blocks(tokens, BLOCK, [&](long first, long rows) {
         const long at = first * hidden;
         std::fill(x_gradient + at, x_gradient + at + rows * hidden, 0.0f);
         norm_back(gradient + at, x + at, gain, scale + first, x_gradient + at, rows, hidden, x_gradient + at,
                   gains + first / BLOCK * hidden);
     });
-    add_up(gains, blocks_of(tokens), hidden, gain_gradient);
+    add_up(gains, blocks_of(tokens, BLOCK), hidden, gain_gradient);
 }
 
 // The summed cross-entropy of `targets` (T) under the logits x·headᵀ, which are never all there: `at_once` rows of them. Its
@@ -221,22 +222,22 @@ double head_and_loss(long tokens, long hidden, long outputs, long at_once, const
                      const int64_t* targets, float* x_gradient, float* head_gradient) {
     const Panels forward = panels(0, hidden, outputs), back = panels(1, outputs, hidden);
     pack({{transposed(head, hidden), forward}, {plain(head, hidden), back}});
-    const long row = Panels::padded(outputs);
+    const long row = Panels::padded(outputs), each = rows_together(hidden);
     float* logits = rooms[0].of(std::min(at_once, tokens) * row);
     double total = 0.0;
     for (long start = 0; start < tokens; start += at_once) {
         const long count = std::min(at_once, tokens - start);
-        double* losses = (double*)rooms[1].of(2 * blocks_of(count));
-        for_blocks(count, [&](long first, long rows) {
+        double* losses = (double*)rooms[1].of(2 * blocks_of(count, each));
+        for_blocks(count, each, [&](long first, long rows) {
             float* own = logits + first * row;
             const long token = start + first;
             multiply(plain(x + token * hidden, hidden), rows, forward, into(own, row));
             double loss = 0.0;
             for (long i = 0; i < rows; ++i) loss += loss_of_row(own + i * row, outputs, row, targets[token + i]);
-            losses[first / BLOCK] = loss;
+            losses[first / each] = loss;
             if (x_gradient) multiply(plain(own, row), rows, back, into(x_gradient + token * hidden, hidden));
         });
-        for (long block = 0; block < blocks_of(count); ++block) total += losses[block];
+        for (long block = 0; block < blocks_of(count, each); ++block) total += losses[block];
         if (head_gradient)
             weight_gradients({{plain(logits, row), outputs, plain(x + start * hidden, hidden), hidden, head_gradient, start > 0}}, count);
     }

@@ -49,7 +49,7 @@ SHAPES = {
     "grouped": {},
     "untied": {"kv_heads": 4, "tied_embeddings": False},
     "odd head width": {"hidden": 48, "kv_heads": 1, "head_dim": 12},
-    "wider than a block of k": {"layers": 1, "hidden": 272, "kv_heads": 4, "ffn": 528},
+    "wide": {"layers": 1, "hidden": 528, "kv_heads": 4, "ffn": 544},
     "norms of queries and keys": {"family": "qwen3", "head_dim": 16},
 }
 
