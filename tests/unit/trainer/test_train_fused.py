@@ -29,7 +29,7 @@ def decoder_of(**shape) -> Decoder:
     shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "max_context": 64, **shape}
     model = Decoder(ModelConfig.model_validate(shape), vocab_size=70)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=1.7 / shape["hidden"] ** 0.5)
     return model
 
 
