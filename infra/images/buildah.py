@@ -31,7 +31,7 @@ class Buildah:
     def bootstrapped(self, *, epoch: str) -> str:
         """Reference of a base image of Debian's packages, made here."""
         reference = f"localhost/slipway-base:{digest_of([SUITE.encode(), *map(str.encode, PACKAGES)])}"
-        if self.do("images", "--quiet", reference).stdout.strip():
+        if self.has(reference):
             return reference
         self.say(f"making a base image of Debian's {', '.join(PACKAGES)}")
         tree = self.folder / "base.tar"
@@ -46,6 +46,10 @@ class Buildah:
         if made.returncode:
             raise ClusterError(f"buildah makes no base image: {made.stderr.strip()[-400:]}")
         return reference
+
+    def has(self, reference: str) -> bool:
+        """Whether the store has an image of that name."""
+        return bool(self.do("images", "--quiet", reference).stdout.strip())
 
     def do(self, verb: str, *words: str) -> "subprocess.CompletedProcess[str]":
         """buildah, in a mount namespace of its own: it leaves no mount behind, and finds its libraries wherever it runs itself."""

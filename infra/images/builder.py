@@ -11,6 +11,7 @@ from pathlib import Path
 
 from infra.clouds.local import ClusterError, Places
 from infra.clouds.local.debian import Say
+from infra.clouds.local.places import digest_of
 from infra.clouds.local.shell import run
 from infra.images import contents
 from infra.images.buildah import Buildah
@@ -26,6 +27,8 @@ class Recipe:
     name: str
     reference: str
     """Name and tag, as pods have it."""
+    content: str
+    """Digest of the Dockerfile and of what it copies from the context and the folders besides."""
     dockerfile: Path
     context: Path
     base: str
@@ -75,10 +78,14 @@ def _by_buildah(recipe: Recipe, out: Path, buildah: Buildah) -> None:
     """https://github.com/containers/buildah/blob/main/docs/buildah-build.1.md"""
     bootstrap = recipe.base == BOOTSTRAP
     base = buildah.bootstrapped(epoch=EPOCH) if bootstrap else recipe.base
-    name = full_name(recipe.reference)
-    command = ["build", *(["--pull-never"] if bootstrap else []), "--timestamp", EPOCH, "--tag", name]
-    _must(buildah.do(*command, *_asked(recipe, base=base)), recipe)
-    _must(buildah.do("push", name, f"docker-archive:{out}:{name}"), recipe)
+    # What goes in names what is kept in the store: asked for the same again, not even the layers are compared, for which
+    # buildah reads all that they copy.
+    what = [recipe.content, base, EPOCH, *(f"{name}={value}" for name, value in sorted(recipe.arguments.items()))]
+    kept = f"localhost/slipway-{recipe.name}:{digest_of(map(str.encode, what))}"
+    if not buildah.has(kept):
+        command = ["build", *(["--pull-never"] if bootstrap else []), "--timestamp", EPOCH, "--tag", kept]
+        _must(buildah.do(*command, *_asked(recipe, base=base)), recipe)
+    _must(buildah.do("push", kept, f"docker-archive:{out}:{full_name(recipe.reference)}"), recipe)
 
 
 def _asked(recipe: Recipe, *, base: str, **besides: str) -> list[str]:

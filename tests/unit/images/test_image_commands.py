@@ -55,6 +55,7 @@ def recipe(tmp_path: Path, *, base: str = "python:3.11") -> Recipe:
     return Recipe(
         name="trainer",
         reference="slipway-trainer:1",
+        content="1",
         dockerfile=tmp_path / "Dockerfile",
         context=tmp_path,
         contexts={"inside": tmp_path / "inside"},
