@@ -1,15 +1,22 @@
 """Whatever befalls a run, it ends with the bits of an undisturbed one, and only the steps since a checkpoint are done again."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from injected_trainer import launch_two
 from programs_of_trainer import TRAIN
+from replicas_of_trainer import fork
 
+from tests.ports import free_port
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
-from trainer.errors import Failed, StopSignal
+from trainer.errors import Failed, StopSignal, run_program
 from trainer.model import Decoder
 from trainer.train import train
 
@@ -55,6 +62,58 @@ def test_after_every_fault_the_run_ends_as_if_nothing_had_been(dataset, tmp_path
     assert "rank-0000" in hung["message"]
     stacks = (tmp_path / "disturbed" / "run" / "stacks" / "rank-00000.txt").read_text()
     assert "in hang" in stacks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint of `FEW` and not for two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+FEW = {**TRAIN, "steps": 6, "checkpoint": {"every_steps": 2, "keep": 1}, "parallelism": {"dp_shard": 2}}
+
+
+def sharded_run(dataset: Path, directory: Path, *, checkpoints: Path) -> list[int]:
+    """The exit codes of two ranks that share the weights; what they say is in `directory/said`."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    config = TrainConfig.model_validate(FEW)
+    where = {"data": dataset, "run": directory / "run", "checkpoints": str(checkpoints)}
+
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(place, RANK=str(number), LOCAL_RANK=str(number))
+        run_program(lambda _: train(config, stop=StopSignal(), **where))
+
+    directory.mkdir(exist_ok=True)
+    pids = [fork(lambda number=number: rank(number), said=directory / "said") for number in range(2)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def test_a_full_disk_is_told_once_and_with_room_again_the_run_ends_with_the_same_bits(
+    dataset, tmp_path, small_disk, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["trainer"])
+    assert sharded_run(dataset, tmp_path / "full", checkpoints=small_disk / "steps") == [1, 1]
+    said = (tmp_path / "full" / "said").read_text()
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert "the checkpoint of step 4 could not be written: No space left on device" in errors[0]
+    assert re.search(r"/disk/steps, where 0\.\d MiB are free\)\. Free some space there", errors[0])
+    assert "Traceback" not in said
+    assert [path.name for path in (small_disk / "steps").iterdir()] == ["step-00000002"]
+
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    assert sharded_run(dataset, tmp_path / "full", checkpoints=small_disk / "steps") == [0, 0]
+    assert sharded_run(dataset, tmp_path / "undisturbed", checkpoints=tmp_path / "steps") == [0, 0]
+    assert losses(tmp_path / "full") == losses(tmp_path / "undisturbed")
+    weights = [tmp_path / name / "run" / "model" / "model.safetensors" for name in ("full", "undisturbed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 class Poison:
