@@ -24,6 +24,9 @@ import yaml
 from infra.apply import ApiError, Cluster
 from infra.clouds.local import Places, kind
 from infra.clouds.local.golang import MODULES, build
+from infra.components.envoy import HTTP_PORT
+from infra.live import forward
+from infra.live.pods import state_of
 from tests.e2e.bringing import has_pulumi, pulumi_up
 from tests.e2e.watching import Prometheus
 
@@ -222,15 +225,15 @@ def kubectl(kubeconfig: Path) -> Callable[..., "subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def endpoint(kubeconfig: Path, namespace: str, settled: Json) -> Iterator[str]:
+def endpoint(cluster: Cluster, namespace: str, settled: Json) -> Iterator[str]:
     """URL of the stack's router, as a developer reaches it from a laptop."""
-    with forwarded(kubeconfig, namespace, "service/router", 8080) as url:
+    with forwarded(cluster, namespace, "router", HTTP_PORT) as url:
         yield url
 
 
 @pytest.fixture
-def prometheus(kubeconfig: Path) -> Iterator[Prometheus]:
-    with forwarded(kubeconfig, "monitoring", "service/prometheus-operated", 9090) as url:
+def prometheus(cluster: Cluster) -> Iterator[Prometheus]:
+    with forwarded(cluster, "monitoring", "prometheus-operated", 9090) as url:
         yield Prometheus(url)
 
 
@@ -249,15 +252,11 @@ def until(holds: Callable[[], bool], what: str, *, within_s: float = 300.0) -> N
 
 
 @contextmanager
-def forwarded(kubeconfig: Path, namespace: str, what: str, port: int) -> Iterator[str]:
-    """`kubectl port-forward` to a port of this machine that is free."""
-    program = build(Places.of_user().cache, MODULES, say=print).program("kubectl")
-    command = [program, "--kubeconfig", kubeconfig, "-n", namespace, "port-forward", what, f":{port}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()  # Forwarding from 127.0.0.1:NNNNN -> 8080
-            assert "Forwarding from" in line, line
-            yield f"http://{line.split()[2]}"
-        finally:
-            process.terminate()
+def forwarded(cluster: Cluster, namespace: str, service: str, port: int) -> Iterator[str]:
+    """URL on this machine of port `port` of a ready pod behind a Service. A connection that breaks takes no other along."""
+    selector = cluster.get(f"/api/v1/namespaces/{namespace}/services/{service}")["spec"]["selector"]
+    labels = ",".join(f"{name}={value}" for name, value in selector.items())
+    pods = cluster.get(f"/api/v1/namespaces/{namespace}/pods", labelSelector=labels)["items"]
+    ready = next(pod["metadata"]["name"] for pod in pods if state_of(pod) == "ready")
+    with forward.forwarded(cluster, namespace=namespace, pod=ready, port=port) as url:
+        yield url

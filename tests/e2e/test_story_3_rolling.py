@@ -22,9 +22,9 @@ def replica_sets(cluster: Cluster, namespace: str) -> dict[str, int]:
     return {item["metadata"]["name"]: item["status"].get("readyReplicas", 0) for item in items}
 
 
-def served_digest(kubeconfig: Path, namespace: str) -> str:
+def served_digest(cluster: Cluster, namespace: str) -> str:
     """Of the model that answers, as the server's metrics say."""
-    with forwarded(kubeconfig, namespace, "service/chat", 8000) as url:
+    with forwarded(cluster, namespace, "chat", 8000) as url:
         text = httpx.get(f"{url}/metrics").text
     found = re.search(r'slipway_serve_model_info\{[^}]*digest="([0-9a-f]+)"[^}]*\} 1', text)
     assert found, text[-1000:]
@@ -60,13 +60,15 @@ def test_pods_that_never_get_ready_take_nothing_over(
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_new_model_is_swapped_in(endpoint: str, kubeconfig: Path, project: Path, namespace: str) -> None:
+def test_a_new_model_is_swapped_in(
+    endpoint: str, cluster: Cluster, kubeconfig: Path, project: Path, namespace: str
+) -> None:
     """Another number of steps: trained again on the same data, judged, published, served; the old one answers until then."""
-    before = served_digest(kubeconfig, namespace)
+    before = served_digest(cluster, namespace)
     write_stack(project, {"services.0.max_num_seqs": 4, "training.steps": 40})
     with under_load(endpoint, model="pylib") as load:
         done = slipway("apply", "-s", "dev", "--wait", str(SETTLED_S), cwd=project, kubeconfig=kubeconfig)
         # The channel has moved, and the server looks at it every few seconds.
-        until(lambda: served_digest(kubeconfig, namespace) != before, "the old model is served", within_s=SETTLED_S)
+        until(lambda: served_digest(cluster, namespace) != before, "the old model is served", within_s=SETTLED_S)
     assert "job/data" not in done.stderr, "the data was prepared again"
     assert load.failures == []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from infra.apply import Cluster
+from infra.components.envoy import HTTP_PORT
 from tests.e2e.conftest import forwarded, slipway, until, write_stack
 from tests.e2e.load import under_load
 from tests.e2e.watching import Prometheus
@@ -19,13 +20,13 @@ LONG = {"training.steps": 100_000, "training.checkpoint": {"every_steps": 5, "ke
 
 
 @pytest.fixture(scope="module")
-def watched(settled: Json, kubeconfig: Path, project: Path, namespace: str) -> Iterator[Prometheus]:
+def watched(settled: Json, cluster: Cluster, kubeconfig: Path, project: Path, namespace: str) -> Iterator[Prometheus]:
     """Prometheus, while the stack trains and answers."""
     write_stack(project, LONG)
     slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
     with (
-        forwarded(kubeconfig, "monitoring", "service/prometheus-operated", 9090) as url,
-        forwarded(kubeconfig, namespace, "service/router", 8080) as endpoint,
+        forwarded(cluster, "monitoring", "prometheus-operated", 9090) as url,
+        forwarded(cluster, namespace, "router", HTTP_PORT) as endpoint,
         under_load(endpoint, model="pylib", clients=2, max_tokens=16),
     ):
         yield Prometheus(url)
