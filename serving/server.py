@@ -106,7 +106,7 @@ async def serve(source: Package | Channel, settings: Settings, sockets: Sockets)
         cut = await _drain(lifecycle, settings)
     finally:
         await _cancel(work)
-        lifecycle.draining = True
+        lifecycle.leaving = lifecycle.draining = True
         model.cancel()
         stopping.cancel()
         await host.stop()  # streams that outlasted the drain end here, with an error event that says so
@@ -161,7 +161,14 @@ async def _until_stop(stopping: "asyncio.Task[bool]", model: "asyncio.Task[None]
 
 
 async def _drain(lifecycle: Lifecycle, settings: Settings) -> int:
-    """Refuses new requests and waits for those accepted. Returns how many were still open after `--drain-s`."""
+    """Says that it is not ready, refuses what comes once that can be known, and waits for what was accepted.
+
+    Returns how many were still open after `--drain-s`.
+    """
+    lifecycle.leaving = True
+    logs.event("leaving", refuses_in_s=settings.linger_s)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(lifecycle.at_once.wait(), timeout=settings.linger_s)
     lifecycle.draining = True
     logs.event("draining", active=lifecycle.active)
     with contextlib.suppress(TimeoutError):

@@ -42,7 +42,8 @@ class Settings:
     adapter_bytes: int = 1 << 30  # … and the memory of all of them
     peak_bytes_per_s: float | None = None  # of the memory; measured at start when not given
     peak_flops_per_s: float | None = None
-    drain_s: float = 30.0
+    linger_s: float = 0.0  # once told to end: unready, and answering still, until routers have heard of it
+    drain_s: float = 30.0  # and then: refusing, until what was accepted is answered
     poll_s: float = 2.0
     max_request_s: float = 3600.0  # the longest that any request may take, whatever its client would wait
     min_free_bytes: int = 64 << 20  # below this much free memory new requests are refused
@@ -137,6 +138,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attention", choices=("sdpa", "flash"), default=Settings.attention,
         help="flash: FlashAttention where keys and values lie, and CUDA graphs; on a GPU, in bfloat16",
+    )  # fmt: skip
+    p.add_argument(
+        "--linger-s", type=_seconds, metavar="S", default=Settings.linger_s,
+        help="answer so long after SIGTERM, unready: routers hear of that late",
     )  # fmt: skip
     p.add_argument("--drain-s", type=_seconds, metavar="S", default=Settings.drain_s, help="longest wait for streams")
     p.add_argument("--poll-s", type=_seconds, metavar="S", default=Settings.poll_s, help="how often to read a channel")

@@ -24,7 +24,7 @@ class AdapterSource(BaseModel):
 
 
 def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
-    """The admin application; `stop` is set to drain and end the process, as SIGTERM does."""
+    """The admin application; `stop` is set to drain and end the process."""
     app = FastAPI(title="Slipway serving: admin", version="1", docs_url=None, redoc_url=None)
     host = context.host
 
@@ -44,6 +44,7 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
             "digest": host.current.package.digest if host.current is not None else None,
             "ready": is_ready(context),
             "why_not_ready": None if host.current is not None else host.why_not_ready,
+            "leaving": context.lifecycle.leaving,
             "draining": context.lifecycle.draining,
             "active_requests": context.lifecycle.active,
             "memory": {"free_bytes": context.memory.free_bytes, "short": context.memory.look()},
@@ -52,7 +53,8 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
 
     @app.post("/drain", status_code=202)
     async def drain() -> JSONResponse:
-        """Refuse new requests, finish those accepted, and exit: what SIGTERM does."""
+        """Refuse new requests, finish those accepted, and exit: what SIGTERM does once `--linger-s` is over."""
+        context.lifecycle.at_once.set()
         stop.set()
         return JSONResponse({"draining": True}, status_code=202)
 

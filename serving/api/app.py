@@ -68,7 +68,7 @@ def create_app(context: Context, batches: BatchStore | None) -> FastAPI:
 
 
 def is_ready(context: Context) -> bool:
-    return context.host.current is not None and not context.lifecycle.draining
+    return context.host.current is not None and not context.lifecycle.leaving
 
 
 def _add_probes(app: FastAPI, context: Context) -> None:
@@ -81,7 +81,7 @@ def _add_probes(app: FastAPI, context: Context) -> None:
     @app.get("/health/ready", responses={200: answers.of(answers.HEALTH), 503: answers.of(answers.HEALTH)})
     async def ready() -> JSONResponse:
         """200 only when a request would be answered now."""
-        if context.lifecycle.draining:
+        if context.lifecycle.leaving:
             return JSONResponse({"status": "draining"}, status_code=503)
         if host.current is None:
             return JSONResponse({"status": "not ready", "why": host.why_not_ready}, status_code=503)

@@ -16,10 +16,12 @@ from serving.tracing import Spans, Trace
 
 
 class Lifecycle:
-    """Whether new requests are taken, and how many of those taken are not answered to their end."""
+    """Whether new requests are wanted, and taken; and how many of those taken are not answered to their end."""
 
     def __init__(self) -> None:
-        self.draining = False
+        self.leaving = False  # says that it is not ready, and answers whoever has not heard of it
+        self.draining = False  # refuses what comes
+        self.at_once = asyncio.Event()  # nobody is to be waited for before refusing
         self.active = 0
         self.idle = asyncio.Event()
         self.idle.set()

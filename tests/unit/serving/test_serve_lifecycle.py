@@ -33,10 +33,13 @@ def refuse(*argv: object) -> str:
 
 
 def test_a_channel_is_waited_for_followed_and_drained(tmp_path: Path, start_server) -> None:
-    """The whole life of a server: no model yet, a broken one, a first, a second under load, SIGTERM under load."""
+    """The whole life of a server: no model yet, a broken one, a first, a second under load, SIGTERM under load.
+
+    After SIGTERM it is not ready and answers still, as long as it lingers; then it refuses; and what it took it answers.
+    """
     registry = tmp_path / "registry"
     channel = registry / "models" / "tiny" / "channels" / "production.json"
-    server = start_server(channel)
+    server = start_server(channel, "--linger-s", "600", "--admin-port", "0")
     assert server.get("/health/live").status_code == 200
     answer = server.get("/health/ready")
     assert answer.status_code == 503
@@ -92,15 +95,21 @@ def test_a_channel_is_waited_for_followed_and_drained(tmp_path: Path, start_serv
     assert text_of(events(server, {"model": "tiny", **LONG})) == text_of(new_answer)
 
     engine = server.engine()
-    engine.suspend()  # the streams last until it goes on
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(6) as pool, httpx.Client(timeout=90) as kept:
+        # A connection from before the end, which uvicorn would keep alive.
+        assert kept.get(server.url + "/health/live").headers.get("connection") != "close"
+        server.terminate()
+        server.wait_for("leaving")
+        assert server.get("/health/ready").status_code == 503
+        late = httpx.post(server.url + "/v1/completions", json={"model": "tiny", **LONG, "stream": False}, timeout=90)
+        assert (late.status_code, late.headers["connection"]) == (200, "close")
+        assert late.json()["choices"][0]["text"] == text_of(new_answer)
+        engine.suspend()  # the streams last until it goes on
         streams = [pool.submit(events, server, {"model": "tiny", **LONG}) for _ in range(6)]
         server.wait_until(lambda: server.metric("slipway_serve_requests_in_flight") == 6, "six streams")
-        with httpx.Client(timeout=90) as kept:  # a connection from before the drain, which uvicorn would keep alive
-            assert kept.get(server.url + "/health/live").status_code == 200
-            server.terminate()
-            server.wait_for("draining")
-            turned_away = kept.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
+        httpx.post(f"http://127.0.0.1:{server.wait_for('admin')['port']}/drain")  # as if it had lingered long enough
+        server.wait_for("draining")
+        turned_away = kept.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
         assert (turned_away.status_code, turned_away.headers["connection"]) == (503, "close")
         assert int(turned_away.headers["retry-after"]) >= 1
         engine.resume()
