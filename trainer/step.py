@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from trainer.config import TrainConfig
 from trainer.errors import Failed, StopSignal
 from trainer.loss import IGNORED
-from trainer.parallel import Ranks, accumulate, gradient_norm, scale_gradients
+from trainer.optim import step_by
+from trainer.parallel import Ranks, accumulate, gradient_norm
 from trainer.parallel.pipeline import Pipeline
 from trainer.progress import Batches
 
@@ -60,10 +61,9 @@ def train_step(
             where=f"optim.lr {lr:g}",
             fix="Lower optim.lr or raise optim.warmup_steps, or set recover.bad_step to skip; the checkpoints are kept.",
         )
-    scale_gradients(parameters, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    step_by(optimizer, to_mean * min(1.0, config.optim.grad_clip / (norm + 1e-6)))
     optimizer.zero_grad()
     return agreed.loss, norm, agreed.stopping
 

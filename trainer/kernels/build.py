@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("products.h", "rows.h", "attention.h", "decoder.cpp")
-_FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-fopenmp")
+_HEADERS, _UNITS = ("products.h", "rows.h", "attention.h"), ("adamw.cpp", "decoder.cpp")
+_FLAGS = ("-std=gnu++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
 _COMPILE_TIMEOUT_S = 120
 _LEVELS = {"x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "x86-64-v3": {"avx2", "fma", "bmi2", "f16c"}}
 """Of processors, best first, with the words in /proc/cpuinfo that tell them."""
@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL:
 
 def _compiled(level: str) -> Path:
     """Who comes while another process compiles waits for it."""
-    text = b"".join((_HERE / source).read_bytes() for source in _SOURCES)
+    text = b"".join((_HERE / source).read_bytes() for source in (*_HEADERS, *_UNITS))
     name = f"slipway-{hashlib.sha256(text + ' '.join((*_FLAGS, level)).encode()).hexdigest()[:16]}.so"
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folders = (_HERE / "__pycache__", cache_home / "slipway" / "kernels")
@@ -74,12 +74,11 @@ def _compile(path: Path, level: str) -> None:
     if not compiler:
         raise Unavailable("there is no C++ compiler")
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        made, built = f"{directory}/decoder.o", f"{directory}/decoder.so"
+        built, flags = f"{directory}/slipway.so", (*_FLAGS, f"-march={level}")
+        made = {unit: f"{directory}/{unit}.o" for unit in _UNITS}
+        commands = [[compiler, *flags, "-c", str(_HERE / unit), "-o", made[unit]] for unit in _UNITS]
         # Linked without -fopenmp, which would name a library of the compiler's.
-        commands = [
-            [compiler, *_FLAGS, f"-march={level}", "-c", str(_HERE / "decoder.cpp"), "-o", made],
-            [compiler, "-shared", made, "-o", built],
-        ]
+        commands.append([compiler, "-shared", *made.values(), "-o", built])
         try:
             for command in commands:
                 subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)  # noqa: S603

@@ -6,6 +6,6 @@ dimensions in files of their own: `tensor` (matrices), `context` (sequences), `p
 
 from trainer.parallel.apply import Laid, lay_out
 from trainer.parallel.ranks import Ranks, join_ranks
-from trainer.parallel.step import accumulate, gradient_norm, scale_gradients
+from trainer.parallel.step import accumulate, gradient_norm
 
-__all__ = ["Laid", "Ranks", "accumulate", "gradient_norm", "join_ranks", "lay_out", "scale_gradients"]
+__all__ = ["Laid", "Ranks", "accumulate", "gradient_norm", "join_ranks", "lay_out"]

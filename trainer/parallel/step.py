@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.kernels import adamw as kernels
 from trainer.parallel.context import own_positions
 from trainer.parallel.pipeline import Pipeline
 from trainer.parallel.ranks import Ranks
@@ -86,14 +87,9 @@ def gradient_norm(model: nn.Module | Pipeline, parameters: Iterable[Tensor], *, 
     counted = [
         p.grad for p in parameters if p.grad is not None and not (isinstance(model, Pipeline) and model.is_copy(p))
     ]
-    norm = _plain(nn.utils.get_total_norm(counted))
+    norm = kernels.norm(counted) if kernels.usable(counted) else _plain(nn.utils.get_total_norm(counted))
     if ranks.mesh is None or ranks.mesh["pp"].size() == 1:
         return norm
     squares = norm.square()
     dist.all_reduce(squares, group=ranks.mesh["pp"].get_group())
     return squares.sqrt()
-
-
-@torch.no_grad()
-def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 from trainer.errors import Failed, Interrupted, Refused, StopSignal
 from trainer.errors import run_program as run_as_program
 from trainer.model import Decoder
+from trainer.optim import step_by
 from trainer.storage import Storage
 from trainer.train import train
 
@@ -136,9 +137,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset, tmp_path, monk
         calls[0] += 1
         return forward(self, *arguments) * (float("nan") if calls[0] > 2 * 5 else 1.0)  # two micro-batches a step
 
-    step = torch.optim.AdamW.step
     monkeypatch.setattr(Decoder, "forward", spoiled)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (stepped.append(1), step(self))[1])
+    monkeypatch.setattr("trainer.step.step_by", lambda *given: (stepped.append(1), step_by(*given))[1])
     with pytest.raises(Failed, match=r"loss is nan .* at step 6; the step was not made"):
         train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
     assert sum(stepped) == 5
