@@ -133,6 +133,8 @@ def outlier_detection(router: Router) -> Json:
             "enforcing_success_rate": 0,
             "base_ejection_time": f"{outliers.ejected_s}s",
             "max_ejection_percent": outliers.max_percent,
+            # Its health is asked each second, and says nothing of its answers: it would be back at once.
+            "successful_active_health_check_uneject_host": False,
         }
     }
 

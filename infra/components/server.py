@@ -18,8 +18,11 @@ ADMIN_PORT = 9000
 KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT, CACHE_MOUNT = "/keys", "/models", "/runtime", "/cache"
 KEYS_FILE = "keys.json"
 PACKAGE = f"{MODELS_MOUNT}/package"
-# Before SIGTERM: the time that Services, DNS and routers need to stop sending.
-PRE_STOP_S = 5
+PRE_STOP_S = 8
+"""Before SIGTERM: until the router knows a replica that became ready when this one was told to go. A name lives 5 s in the
+cluster's DNS, the router asks each 2 s, and looks whether it is well each second."""
+LINGER_S = 3
+"""After SIGTERM a server that drains says that it is not ready, and answers on until the router has heard of it."""
 # Importing torch and starting CUDA before the port is open, with room for a cold disk.
 START_S = 60
 # Copying a model is waiting for the network.
@@ -173,6 +176,7 @@ class Server:
             "port": "$(HTTP_PORT)",
             "metrics_port": "$(METRICS_PORT)",
             "gpus": service.gpus or None,
+            "linger_s": LINGER_S,
             "drain_s": service.drain_s,
             "max_model_len": service.max_model_len,
             "max_num_seqs": service.max_num_seqs,

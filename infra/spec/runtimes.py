@@ -25,6 +25,7 @@ PLACEHOLDERS: dict[str, str | None] = {
     "port": None,
     "metrics_port": None,
     "gpus": "gpus",
+    "linger_s": None,
     "drain_s": "drain_s",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",

@@ -20,7 +20,7 @@ from infra.spec import Router
 from tests.ports import free_ports
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
-CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",))
+CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), drains=True)
 PERIOD_S = 0.02
 
 
@@ -33,7 +33,7 @@ class Replica(ThreadingHTTPServer):
     def __init__(self, name: str, *, slow_s: float = 0.0, status: int = 200, cut: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.name, self.slow_s, self.status, self.cut = name, slow_s, status, cut
-        self.seen = 0
+        self.seen, self.ready = 0, True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health/ready":
-            return self.answer(200, b"")
+            return self.answer(200 if self.server.ready else 503, b"")
         return self.work()
 
     def do_POST(self) -> None:
@@ -95,9 +95,18 @@ class Routed:
         self._file = directory / "envoy.yaml"
         self._file.write_text(yaml.safe_dump(config))
         self._process: subprocess.Popen[bytes] | None = None
+        self._shown: set[Replica] = set()
 
     def show(self, *replicas: Replica) -> None:
-        """Returns when Envoy sends to these and to no others."""
+        """Returns when Envoy sends to these and to no others. Whoever is shown no more says that it is not ready."""
+        self.name(*replicas)
+        for gone in self._shown - set(replicas):
+            gone.ready = False
+        self._shown = set(replicas)
+        until(lambda: self.stat("membership_total") == self.stat("membership_healthy") == len(replicas))
+
+    def name(self, *replicas: Replica) -> None:
+        """The addresses that Envoy is told of, from now on."""
         text = self._endpoints.render(lambda _host, _port: [replica.server_port for replica in replicas])
         beside = self._endpoints.path.with_suffix(".new")
         beside.write_text(text)
@@ -105,7 +114,6 @@ class Routed:
         if self._process is None:
             words = ["-c", str(self._file), "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
             self._process = subprocess.Popen([ENVOY, *words])
-        until(lambda: self.stat("membership_total") == self.stat("membership_healthy") == len(replicas))
 
     def stat(self, name: str) -> float:
         text = httpx.get(f"{self._admin}/metrics", trust_env=False).text

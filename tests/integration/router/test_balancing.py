@@ -70,6 +70,21 @@ def test_an_answer_that_has_begun_is_never_sent_twice(routed: Make, replica: Mak
     assert sum(server.seen for server in servers) == 1
 
 
+def test_the_only_replica_answers_until_the_next_one_is_known(routed: Make, replica: Make) -> None:
+    """Its name goes while its replacement has only just come: what says that it is ready is asked, and nobody waits."""
+    old, new = replica("old"), replica("new")
+    router: Routed = routed()
+    router.show(old)
+    new.ready = False
+    router.name(new)
+    until(lambda: router.stat("membership_total") == 2)
+    assert shares(load(router.url, 20)) == {"old": 20}
+    new.ready = True
+    until(lambda: router.stat("membership_healthy") == 2)
+    router.show(new)
+    assert shares(load(router.url, 20)) == {"new": 20}
+
+
 def test_round_robin_and_random_give_all_the_same_and_least_request_spares_the_slow(
     routed: Make, replica: Make
 ) -> None:

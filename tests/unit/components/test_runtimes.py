@@ -112,7 +112,7 @@ def test_any_runtime_has_the_whole_platform(served: Callable[..., Objects], name
     assert container["readinessProbe"]["httpGet"]["path"] == row.ready.format(served_name="base")
     # Out of the endpoints first; then, where SIGTERM would cut streams, the drain is waited for before it.
     stays_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert stays_s == (5 if row.drains else 65)
+    assert stays_s == (8 if row.drains else 68)
     assert pod["terminationGracePeriodSeconds"] > max(60, stays_s)
     assert not re.search(r"[{}]", " ".join(container["command"]))
     monitor = objects.one("ServiceMonitor", "chat")["spec"]["endpoints"][0]

@@ -63,7 +63,8 @@ def test_streams_have_their_drain_before_the_kill(stack: Objects) -> None:
     pod = stack.one("Deployment", "chat")["spec"]["template"]["spec"]
     before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert before > 0
-    assert pod["terminationGracePeriodSeconds"] > before + int(flag(pod["containers"][0], "--drain-s"))
+    stays = sum(int(flag(pod["containers"][0], name)) for name in ("--linger-s", "--drain-s"))
+    assert pod["terminationGracePeriodSeconds"] > before + stays
 
 
 def test_the_router_outlives_the_streams_of_its_services(stack: Objects) -> None:
