@@ -123,10 +123,15 @@ class Checkpoints:
 
     def _seal(self, step: int, manifest: dict[str, Any]) -> None:
         self.storage.seal(step, manifest)
-        each = self._config.keep_every_steps
-        for old in self.storage.steps()[: -self._config.keep]:
-            if not each or old % each:
-                self.storage.remove(old)
+        each, steps = self._config.keep_every_steps, self.storage.steps()
+        kept = {*steps[-self._config.keep :], *(old for old in steps if each and old % each == 0)}
+        try:
+            self.storage.keep(kept, before=step)
+        except (
+            Exception
+        ) as error:  # each store's library has its own; the new one is there, and the next save tries again
+            message = f"an old checkpoint could not be removed: {error}"
+            self._log.emit("left_behind", level="warning", step=step, message=message)
 
     def load_newest(self, parts: Sequence[nn.Module], optimizer: torch.optim.Optimizer, **more: Any) -> Progress | None:
         """Loads the newest whole checkpoint, whatever layout saved it, and says how far it is; None when there is none.

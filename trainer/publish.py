@@ -14,6 +14,7 @@ from trainer.files import read_json
 from trainer.log import Log
 from trainer.registry import Registry, check_name
 from trainer.shapes import ADAPTERS_CONFIG, holds_adapters, weights_digest
+from trainer.stores import answering
 
 _PLACES = ("model", "report", "registry", "name", "channel")
 
@@ -67,11 +68,12 @@ def publish(
         raise Refused(f"the gate stays shut: {why}", where=str(report), fix=fix)
     store = Registry.open(registry)
     try:
-        digest = store.publish(model, name=name, log=log)
-        current = store.channel(name, channel)
-        skipped = current is not None and current["digest"] == digest
-        if not skipped:
-            store.move_channel(name, channel, digest=digest, report=measured)
+        with answering(registry, what="registry"):
+            digest = store.publish(model, name=name, log=log)
+            current = store.channel(name, channel)
+            skipped = current is not None and current["digest"] == digest
+            if not skipped:
+                store.move_channel(name, channel, digest=digest, report=measured)
     except (PermissionError, NotADirectoryError) as error:
         fix = "Make it writable for this user, or give registry= another place."
         raise Refused(f"the registry cannot be written: {error.strerror}", where=registry, fix=fix) from None

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from trainer.errors import Failed, Refused
 from trainer.files import canonical_json, describe_files, digest_of, put_in_place, write_whole
 from trainer.log import Log
+from trainer.stores import is_local, open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -32,16 +31,12 @@ class Registry:
     @classmethod
     def open(cls, url: str) -> "Registry":
         """Raises Refused for a URL that fsspec cannot open."""
-        try:
-            filesystem, root = url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            fix = "Give registry= a directory or an fsspec URL."
-            raise Refused(f"cannot open the registry: {error}", where=url, fix=fix) from None
+        filesystem, root = open_store(url, what="registry", key="registry=")
         return cls(filesystem, root.rstrip("/"))
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, LocalFileSystem)
+        return is_local(self.filesystem)
 
     def publish(self, package: Path, *, name: str, log: Log) -> str:
         """Puts a package under its digest and returns the digest; what is there already is left alone."""

@@ -1,5 +1,6 @@
 """What a checkpoint holds: weights and moments by the names of the parameters, whatever layout they lie in."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader
 
 from trainer.parallel.memory import plain_name
 from trainer.parallel.ranks import Ranks
+
+# PyTorch says so at every save and load of a run of one rank, which asks for it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 
 def training_state(

@@ -6,21 +6,22 @@ store is asked for what it was just given.
 """
 
 import hashlib
+import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 
-from trainer.errors import Failed, Refused
 from trainer.files import put_in_place, write_json
+from trainer.stores import answering, is_local, open_store
 
 _PREFIX, _MANIFEST, _READ_BYTES = "step-", "manifest.json", 1 << 20
+_NAME = re.compile(r"step-(\d+)|\.step-(\d+)\.partial")
 
 
 class _Digested:
@@ -49,11 +50,28 @@ class _Digested:
 class Writer(FsspecWriter):
     """PyTorch's writer of one rank's part; `files` has, when it is done, `{name: {"sha256", "bytes"}}`."""
 
-    def __init__(self, url: str, *, sync: bool) -> None:
-        super().__init__(url, sync_files=sync)
+    def __init__(self, url: str, *, renames: bool) -> None:
+        """`renames`: on a file system, whose files are also to be forced to the disk."""
+        super().__init__(url, sync_files=renames)
         self.files: dict[str, dict[str, Any]] = {}
-        self._open = self.fs.create_stream
-        self.fs.create_stream = self._digested
+        self._open, self._held = self.fs.create_stream, io.BytesIO()
+        self.fs.create_stream = self._digested if renames else self._without_renaming
+        if not renames:
+            self.fs.rename = self._put_held
+
+    @contextmanager
+    def _without_renaming(self, path: Any, mode: str) -> Iterator[Any]:
+        """What PyTorch writes as `.metadata.tmp` is held until it has its name."""
+        if not str(path).endswith(".tmp"):
+            with self._digested(path, mode) as stream:
+                yield stream
+            return
+        self._held = io.BytesIO()
+        yield self._held
+
+    def _put_held(self, path: Any, new_path: Any) -> None:
+        with self._digested(new_path, "wb") as stream:
+            stream.write(self._held.getvalue())
 
     @contextmanager
     def _digested(self, path: Any, mode: str) -> Iterator[Any]:
@@ -65,7 +83,7 @@ class Writer(FsspecWriter):
                 if digested.failed is not None:
                     raise digested.failed from None
                 raise
-        if "w" in mode:  # `.metadata` is written as `.metadata.tmp`
+        if "w" in mode:
             self.files[str(path).rsplit("/", 1)[-1].removesuffix(".tmp")] = digested.described()
 
 
@@ -74,21 +92,12 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         """Raises Refused for a URL that fsspec cannot open, Failed for a store that does not answer."""
-        try:
-            self._fs, root = url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            fix = "Give checkpoints= a directory or an fsspec URL."
-            raise Refused(f"cannot open the store of checkpoints: {error}", where=url, fix=fix) from None
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self._fs: Any
+        self._fs, root = open_store(url, what="store of checkpoints", key="checkpoints=")
+        self._local = is_local(self._fs)
         self._root = root if self._local else url.rstrip("/")
-        try:
+        with answering(url, what="store of checkpoints"):
             self.steps()
-        except OSError:
-            raise
-        except Exception as error:  # each store's library has its own
-            reason = str(error).splitlines()[0]
-            fix = "See that it can be reached, and the credentials in the environment."
-            raise Failed(f"the store of checkpoints does not answer: {reason}", where=url, fix=fix) from None
 
     def __str__(self) -> str:
         return self._root
@@ -102,14 +111,18 @@ class Storage:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
+        found = sorted(step for name, step in self._names() if name.startswith(_PREFIX))
+        return [step for step in found if self._fs.exists(f"{self.url(step)}/{_MANIFEST}")]
+
+    def _names(self) -> list[tuple[str, int]]:
+        """Of all that is there of checkpoints, whole or not, each with its step."""
         self._fs.invalidate_cache()
         try:
             names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
-        numbers = (name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
-        found = sorted(int(number) for number in numbers if number.isdigit())
-        return [step for step in found if self._fs.exists(f"{self.url(step)}/{_MANIFEST}")]
+        matches = ((name, _NAME.fullmatch(name)) for name in names)
+        return [(name, int(match[1] or match[2])) for name, match in matches if match]
 
     # Writing
 
@@ -119,7 +132,7 @@ class Storage:
         self._fs.makedirs(self._beside(step), exist_ok=True)
 
     def writer(self, step: int) -> Writer:
-        return Writer(self._beside(step), sync=self._local)
+        return Writer(self._beside(step), renames=self._local)
 
     def seal(self, step: int, manifest: dict[str, Any]) -> None:
         """What was written is a checkpoint from now on."""
@@ -132,16 +145,28 @@ class Storage:
     def give_up(self, step: int) -> None:
         """Removes what there is of one that is not whole."""
         with suppress(Exception):  # it may not be there; what stays is no checkpoint
-            self._fs.rm(self._beside(step), recursive=True)
+            self._remove(self._beside(step))
 
     def free_bytes(self) -> int | None:
         """The room there is for what is written next; None where nobody knows it."""
         return shutil.disk_usage(self._root).free if self._local else None
 
-    def remove(self, step: int) -> None:
+    def keep(self, steps: set[int], *, before: int) -> None:
+        """Removes all others that are older than `before`, and what is left of those that were never whole."""
+        for name, step in self._names():
+            if step < before and (step not in steps or not name.startswith(_PREFIX)):
+                self._remove(f"{self._root}/{name}")
+
+    def _remove(self, path: str) -> None:
         """The manifest first: a part is no checkpoint."""
-        self._fs.rm(f"{self.url(step)}/{_MANIFEST}")
-        self._fs.rm(self.url(step), recursive=True)
+        if self._local:
+            (Path(path) / _MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        elif files := self._fs.find(path):
+            files.sort(key=lambda file: not file.endswith(f"/{_MANIFEST}"))
+            self._fs.rm(files[:1])
+            if files[1:]:
+                self._fs.rm(files[1:])
 
     # Reading
 

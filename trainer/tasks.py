@@ -18,6 +18,7 @@ from trainer.harness import measure_with_harness, version_of_harness
 from trainer.intervals import wilson
 from trainer.model import Decoder
 from trainer.scoring import continue_text, judge_continuation
+from trainer.stores import answering
 
 _FORMS = {
     "multiple_choice": '{"question": "…", "choices": ["…", "…"], "answer": 0}',
@@ -31,7 +32,7 @@ def read_rows(task: Task) -> list[dict[str, Any]]:
     fix = f"Write lines like {_FORMS[task.kind]}."
     rows = []
     try:
-        with fsspec.open(task.path, "rt", encoding="utf-8") as file:
+        with answering(task.path, what="file of questions"), fsspec.open(task.path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):  # pyright: ignore[reportArgumentType] - opened as text
                 row = json.loads(line)
                 if not _answerable(row, task):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from trainer.data.config import DatasetsSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 from trainer.errors import Refused
+from trainer.stores import answering, open_store
 
 PART_BYTES = 64 << 20
 _PLAIN = (".jsonl", ".json", ".ndjson")  # anything else may be compressed, and cannot be entered in the middle
@@ -92,12 +92,13 @@ class Reader:
 
     def rows(self, part: Part) -> Iterator[Row]:
         """Raises Refused for what is not text, JSON or Arrow."""
-        if isinstance(self.source, StdlibSource | TextSource):
-            yield from self._text_rows(part)
-        elif isinstance(self.source, JsonlSource):
-            yield from self._json_rows(part)
-        else:
-            yield from self._arrow_rows(part)
+        with answering(self.where, what="corpus"):
+            if isinstance(self.source, StdlibSource | TextSource):
+                yield from self._text_rows(part)
+            elif isinstance(self.source, JsonlSource):
+                yield from self._json_rows(part)
+            else:
+                yield from self._arrow_rows(part)
 
     def _text_rows(self, part: Part) -> Iterator[Row]:
         for name in part.files:
@@ -197,11 +198,10 @@ def import_pyarrow() -> Any:
 
 
 def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        filesystem, root = url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise Refused(f"cannot open the corpus: {error}", where=url, fix="Set source.path to an fsspec URL.") from None
-    if not filesystem.exists(root):
+    filesystem, root = open_store(url, what="corpus", key="source.path")
+    with answering(url, what="corpus"):
+        there = filesystem.exists(root)
+    if not there:
         raise Refused("the corpus does not exist", where=url, fix="Set source.path to a file or a directory.")
     return filesystem, root
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import fsspec
+import object_store  # noqa: F401  # bucket://
 import pytest
 import torch
 from programs_of_trainer import TRAIN
@@ -25,7 +26,7 @@ ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
 @pytest.fixture(params=["directory", "object store"])
 def place(request, tmp_path) -> str:
     """A file system, which can rename, and a store that cannot."""
-    return str(tmp_path / "checkpoints") if request.param == "directory" else f"memory://{uuid4().hex}/checkpoints"
+    return str(tmp_path / "checkpoints") if request.param == "directory" else f"bucket://{uuid4().hex}/checkpoints"
 
 
 def of(place: str, *, identity: str = "this", log: Log | None = None, **config) -> Checkpoints:
@@ -104,6 +105,38 @@ def test_the_newest_are_kept_and_those_of_round_steps(model, place):
     assert {name.split("/")[0] for name in names_in(place)} == {f"step-{number:08d}" for number in (3, 6, 7, 8)}
 
 
+def test_what_was_left_of_one_that_was_never_whole_goes_with_the_next(model, place):
+    optimizer, checkpoints = torch.optim.SGD(model.parameters(), lr=0.1), of(place, keep=1)
+    checkpoints.storage.begin(3)
+    with checkpoints.storage.writer(3)._digested(f"{checkpoints.storage._beside(3)}/__0_0.distcp", "wb") as stream:
+        stream.write(b"killed while it was written")
+    assert names_in(place)
+    checkpoints.save(Progress(4), [model], optimizer)
+    checkpoints.wait()
+    assert {name.split("/")[0] for name in names_in(place)} == {"step-00000004"}
+
+
+def test_an_old_one_that_cannot_be_removed_stops_nothing(model, place, monkeypatch, capsys):
+    optimizer, checkpoints = torch.optim.SGD(model.parameters(), lr=0.1), of(place, keep=1, log=Log())
+    remove, refusals = Storage._remove, iter([OSError("denied")])
+
+    def refuse_once(storage: Storage, path: str) -> None:
+        if "00000001" in path and (error := next(refusals, None)):
+            raise error
+        remove(storage, path)
+
+    checkpoints.save(Progress(1), [model], optimizer)
+    checkpoints.wait()
+    monkeypatch.setattr(Storage, "_remove", refuse_once)
+    checkpoints.save(Progress(2), [model], optimizer)
+    checkpoints.wait()
+    assert "an old checkpoint could not be removed: denied" in capsys.readouterr().out
+    assert checkpoints.storage.steps() == [1, 2]
+    checkpoints.save(Progress(3), [model], optimizer)
+    checkpoints.wait()
+    assert checkpoints.storage.steps() == [3]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("the bucket has gone")])
 def test_one_that_could_not_be_written_is_told_by_the_next_and_leaves_nothing(model, place, monkeypatch, error):
     optimizer, checkpoints = torch.optim.SGD(model.parameters(), lr=0.1), of(place)
@@ -166,7 +199,7 @@ def test_what_was_never_sealed_is_no_checkpoint(model, place):
 
 
 def test_a_run_keeps_its_checkpoints_in_an_object_store_and_goes_on_from_there(dataset, tmp_path, monkeypatch):
-    config, place = TrainConfig.model_validate(TRAIN), f"memory://{uuid4().hex}/of-a-run"
+    config, place = TrainConfig.model_validate(TRAIN), f"bucket://{uuid4().hex}/of-a-run"
 
     def ends_at(step: int, run: Path) -> str:
         stop = StopSignal()

@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 import fsspec
+import object_store  # noqa: F401  # bucket://
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def package(tmp_path: Path) -> Path:
 @pytest.fixture(params=["file", "memory"])
 def url(request, tmp_path: Path) -> str:
     """A registry on disk, and one on a store that has no rename and no directories."""
-    return str(tmp_path / "registry") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
+    return str(tmp_path / "registry") if request.param == "file" else f"bucket://{uuid.uuid4().hex}"
 
 
 def test_published_package_is_addressed_by_its_content(url: str, package: Path) -> None:
@@ -95,11 +96,11 @@ def test_interrupted_publish_on_disk_leaves_no_part(tmp_path: Path, package: Pat
 
 
 def test_interrupted_publish_on_a_store_is_no_model(package: Path, monkeypatch) -> None:
-    registry = Registry.open(f"memory://{uuid.uuid4().hex}")
+    registry = Registry.open(f"bucket://{uuid.uuid4().hex}")
     monkeypatch.setattr(registry.filesystem, "pipe_file", lambda *_: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match="gone"):
         registry.publish(package, name="m", log=LOG)
-    assert not fsspec.filesystem("memory").glob(f"{registry.root}/models/m/*/manifest.json")
+    assert not fsspec.filesystem("bucket").glob(f"{registry.root}/models/m/*/manifest.json")
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket", "s3"])
