@@ -69,7 +69,7 @@ class Writer(FsspecWriter):
         self._held = io.BytesIO()
         yield self._held
 
-    def _put_held(self, path: Any, new_path: Any) -> None:
+    def _put_held(self, path: Any, new_path: Any) -> None:  # noqa: ARG002 - the names are those of `rename`
         with self._digested(new_path, "wb") as stream:
             stream.write(self._held.getvalue())
 
