@@ -31,6 +31,7 @@ class Served:
     """A model that answers now."""
 
     package: Package
+    root: Path  # where its files are on this machine
     name: str
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -46,7 +47,7 @@ class ModelHost:
         self.source, self.settings, self.metrics = source, settings, metrics
         self.name = settings.served_name or source.name
         self.current: Served | None = None
-        self.why_not_ready = "the model is loading"
+        self.why_not_ready = "the model is loading"  # or why one that is newer is not served; empty when all is well
         self._asked = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
         self._engines: list[EngineProcess] = []
@@ -91,6 +92,8 @@ class ModelHost:
                 elif package is not None and package != refused and package != self._package:
                     await self._swap(package)
                     retry_s, refused, said = self.settings.poll_s, None, ""
+                elif package is not None and package == self._package:  # again, perhaps: a release was taken back
+                    self.why_not_ready, refused, said = "", None, ""
             except Refused as error:
                 refused = package
                 self.why_not_ready = str(error)
@@ -117,10 +120,10 @@ class ModelHost:
         root = await asyncio.to_thread(fetch, package, on_bytes=lambda done, total: _advance(checking, done, total))
         self.metrics.load.labels("check").set(time.monotonic() - started_s)
         if self.current is not None:
-            self._check_memory(root)
+            self._check_memory(root, beside=self.current)
         served = await self._load(package, root)
         await self.adapters.fit(ModelConfig.read(root / "config.json"))
-        old, self.current = self.current, served
+        old, self.current, self.why_not_ready = self.current, served, ""
         if old is not None:
             self.metrics.swaps.inc()
             self.metrics.model_info.remove(_digest_label(old.package))
@@ -131,12 +134,13 @@ class ModelHost:
         logs.event("done", stage="load", seconds=round(time.monotonic() - started_s, 2), skipped=False)
         logs.event("serving", model=self.name, digest=package.digest, max_model_len=served.max_model_len)
 
-    def _check_memory(self, root: Path) -> None:
+    def _check_memory(self, root: Path, *, beside: Served) -> None:
         """Raises `EngineError` when a second model would take memory that the first one's streams need.
 
-        The channel is then tried again later: memory comes back when answers end, and a restart loads the new one.
+        It takes as much as the first, but for the weights. The channel is then tried again later: memory comes back
+        when answers end, and a restart loads the new one.
         """
-        need = sum(path.stat().st_size for path in root.glob("*.safetensors")) + (self.settings.kv_bytes or 0)
+        need = beside.engine.resident_bytes + _weights_bytes(root) - _weights_bytes(beside.root)
         free = available_bytes() - self.settings.min_free_bytes
         if need > free:
             raise EngineError(f"the new model needs {need:,} bytes beside the old one, and {free:,} are free")
@@ -153,6 +157,7 @@ class ModelHost:
         engine.died.add_done_callback(lambda died: self._on_death(engine, died.result()))
         return Served(
             package=package,
+            root=root,
             name=self.name,
             tokenizer=tokenizer,
             chat_template=chat_template,
@@ -213,6 +218,10 @@ def _say_once(name: str, message: str, said: str) -> str:
     if message != said:
         logs.event(name, message=message, level="error" if name == "error" else "info")
     return message
+
+
+def _weights_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.glob("*.safetensors"))
 
 
 def _digest_label(package: Package) -> str:

@@ -1,9 +1,17 @@
-"""How much memory this process may still take: the machine's, or its container's when that is less."""
+"""How much memory this process may still take: the machine's, or its container's when that is less; and what one has."""
 
 import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+
+
+def resident_bytes(pid: int) -> int:
+    """What a process has in memory; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def available_bytes() -> int:

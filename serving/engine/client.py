@@ -28,6 +28,7 @@ from serving.engine.messages import (
     Stop,
 )
 from serving.errors import Refused
+from serving.memory import resident_bytes
 from serving.settings import Settings
 
 STOP_TIMEOUT_S = 5.0
@@ -114,6 +115,10 @@ class EngineProcess:
     @property
     def in_flight(self) -> int:
         return len(self._streams)
+
+    @property
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._process.pid)
 
     def submit(
         self, prompts: Sequence[tuple[list[int], SamplingParams]], *,

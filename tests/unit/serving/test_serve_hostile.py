@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 from conftest import Server
+from tiny_packages import make_package, point, publish
 
 from serving.api.app import BYTES_PER_TOKEN
 from serving.connections import HEAD_LIMIT_BYTES, HEAD_TIMEOUT_S
@@ -185,9 +186,13 @@ def test_hostile_structures_are_answered_and_others_go_on(server: Server, name: 
         assert client.post("/v1/completions", json=BODY).status_code == 200
 
 
-def test_too_little_memory_refuses_before_anything_is_read(tmp_path: Path, start_server) -> None:
-    channel = tmp_path / "tiny" / "channels" / "production.json"  # there is none, so no engine is started for this
-    hungry: Server = start_server(channel, "--min-free-bytes", "100000GiB")
+def test_too_little_memory_refuses_before_anything_is_read(tiny: Path, tmp_path: Path, start_server) -> None:
+    """And a second model is not loaded beside the first: it is said, and the first one stays."""
+    first, second = publish(tiny, tmp_path), publish(make_package(tmp_path / "next", seed=2), tmp_path)
+    hungry: Server = start_server(point(tmp_path, first), "--min-free-bytes", "100000GiB").wait_ready()
+    point(tmp_path, second)
+    assert "beside the old one" in hungry.wait_for("error")["message"]
+    assert hungry.get("/health/ready").json()["digest"] == first
     refused = httpx.post(hungry.url + "/v1/completions", json=BODY, timeout=60)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert int(refused.headers["retry-after"]) >= 1

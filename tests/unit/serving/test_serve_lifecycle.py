@@ -92,6 +92,8 @@ def test_a_channel_is_waited_for_followed_and_drained(tmp_path: Path, start_serv
     weights.unlink()
     point(registry, broken)  # what is served outlives a bad release
     server.wait_for("error", count=2)
+    status = httpx.get(f"http://127.0.0.1:{server.wait_for('admin')['port']}/status").json()
+    assert (status["digest"], str(weights) in status["why_not_newer"]) == (second, True)
     assert text_of(events(server, {"model": "tiny", **LONG})) == text_of(new_answer)
 
     engine = server.engine()
