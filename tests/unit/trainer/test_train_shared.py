@@ -14,6 +14,7 @@ import trainer.parallel.shared as shared
 from tests.ports import free_port
 from trainer.layout import layout_of
 from trainer.parallel import Ranks, accumulate, join_ranks, lay_out
+from trainer.parallel.step import MicroBatch
 
 STEPS = 3
 
@@ -43,9 +44,9 @@ def gradients(ranks: Ranks) -> list[list[torch.Tensor]]:
     for step in range(STEPS):
         draws = torch.Generator().manual_seed(2 * step + ranks.rank)
         rows = torch.randint(0, VOCAB, (4, 17), generator=draws)
-        batches = [(some[:, :-1], some[:, 1:], None) for some in rows.split(2)]
+        batches: list[MicroBatch] = [(some[:, :-1], some[:, 1:], None) for some in rows.split(2)]
         accumulate(laid.run, batches, ranks=ranks, autocast=nullcontext())
-        found.append([parameter.grad.clone() for parameter in laid.module.parameters()])
+        found.append([parameter.grad.clone() for parameter in laid.module.parameters() if parameter.grad is not None])
         laid.module.zero_grad()
     return found
 
