@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -26,11 +27,19 @@ TOOLS_LIMIT_CHARS = 256 << 10
 MOST_IDS = 1 << 18  # in one request, of all its prompts together
 JSON_OBJECT = '{"type": "object"}'
 
+
+def _without_suffix(suffix: str) -> str:
+    if suffix:
+        raise ValueError("no model of this server fills in the middle of a text; leave it out")
+    return suffix
+
+
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]  # one error says as much as a million
 Prompt = Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=256)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+NoSuffix = Annotated[str, AfterValidator(_without_suffix), WithJsonSchema({"type": "string", "const": ""})]
 Rule = Annotated[str, Field(min_length=1, max_length=STRUCTURE_LIMIT_CHARS)]
 Ignored = Annotated[
     Any,
@@ -206,7 +215,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
-    suffix: Literal[""] | None = None
+    suffix: NoSuffix | None = None
 
     @model_validator(mode="after")
     def _best_of_has_something_to_choose_from(self) -> "CompletionRequest":

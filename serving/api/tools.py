@@ -5,6 +5,7 @@ answer that is nothing but `{"name", "parameters"}` (Llama 3) or a list of `{"na
 """
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from serving.api.protocol import json_structure
 from serving.engine.messages import Structure
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+BEGUN = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(.*)', re.DOTALL)
 PREFACE = (
     f'To call a function, answer with {OPEN}{{"name": <name>, "arguments": <object>}}{CLOSE} and nothing else. '
     "You may call these, each given with the JSON schema of its arguments:\n"
@@ -75,7 +77,7 @@ class CallParser:
     every way to cut the text into pieces."""
 
     def __init__(self, names: set[str], *, forced: bool) -> None:
-        self._names = names
+        self._names, self._forced = names, forced
         self._held = ""
         # None: nothing but space so far. "text": as it is. "mark": inside <tool_call>. "whole": JSON from the start.
         self._state: str | None = "whole" if forced else None
@@ -103,12 +105,16 @@ class CallParser:
                 return said, calls
 
     def flush(self) -> tuple[str, list[Call]]:
-        """What was held when the answer ended: a call whose end was left out, or text after all."""
+        """What was held when the answer ended: a call whose end was left out, or text after all.
+
+        A call that `max_tokens` has cut is told as far as it goes, as OpenAI does: its arguments are then no whole JSON. Where
+        a call was demanded there is no text, even if not so much as a name was reached.
+        """
         held, self._held = self._held, ""
         if self._state in ("whole", "mark"):
-            calls = self._read(held)
-            if calls:
-                self.num_calls += len(calls)
+            calls = self._read(held) or self._begun(held)
+            self.num_calls += len(calls)
+            if calls or self._forced:
                 return "", calls
         return (OPEN if self._state == "mark" else "") + held, []
 
@@ -121,6 +127,10 @@ class CallParser:
         keep = next((n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n])), 0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
+
+    def _begun(self, text: str) -> list[Call]:
+        found = BEGUN.fullmatch(text)
+        return [Call(found[1], found[2])] if found and found[1] in self._names else []
 
     def _read(self, text: str) -> list[Call]:
         """The calls that a JSON text stands for; none when it is anything else."""

@@ -74,6 +74,11 @@ def test_a_tool_that_is_required_is_called_whole_and_streamed(client: openai.Ope
         assert "".join(d.function.arguments or "" for d in deltas) == call.function.arguments
         assert streamed[-1].choices[0].finish_reason == "tool_calls"
         assert not any(chunk.choices[0].delta.content for chunk in streamed)
+        cut = client.chat.completions.create(**{**ASK, "max_tokens": 48}, tools=[WEATHER], tool_choice=choice).choices[
+            0
+        ]
+        assert (cut.finish_reason, cut.message.content) == ("length", None)
+        assert call.function.arguments.startswith(cut.message.tool_calls[0].function.arguments.strip()[:5])
     answered = [
         *HELLO,
         {"role": "assistant", "tool_calls": [call.model_dump()]},

@@ -161,7 +161,7 @@ BAD_FIELDS = [
     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"384": 1}}, "logit_bias"), ({"min_p": 1.5}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"best_of": 3, "n": 4}, "best_of"), ({"best_of": 3, "stream": True}, "best_of"),
-    ({"suffix": "end"}, "suffix"), ({"temprature": 1}, "did you mean 'temperature'"),
+    ({"suffix": "end"}, "suffix: no model of this server fills in"), ({"temprature": 1}, "did you mean 'temperature'"),
     ({"stream_options": {"include_usage": True}}, "stream_options"), ({"response_format": {"type": "xml"}}, "resp"),
     ({"response_format": {"type": "regex"}}, "regex"),
 ]  # fmt: skip

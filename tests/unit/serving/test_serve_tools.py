@@ -63,6 +63,22 @@ def test_what_is_no_call_of_a_known_tool_is_text(text: str) -> None:
     assert parse(list(text)) == (text, [])
 
 
+@given(arguments=ARGUMENTS, at=st.integers(0, 200), forced=st.booleans())
+def test_a_call_that_is_cut_is_told_as_far_as_it_goes(arguments: dict, at: int, forced: bool) -> None:
+    """Never as text where a call was demanded; else as text until it can be nothing but a call."""
+    head, written = '{"name": "weather", "arguments": ', json.dumps(arguments)
+    text = (head + written + "}")[:at]
+    parser = CallParser(NAMES, forced=forced)
+    said, calls = parser.push(text)
+    rest, last = parser.flush()
+    if len(text) < len(head.rstrip()):
+        assert (said + rest, calls + last) == ("" if forced else text, [])
+    else:
+        (call,) = last
+        assert (said + rest, calls, call.name) == ("", [], "weather")
+        assert call.arguments == text[len(head) :] or json.loads(call.arguments) == arguments
+
+
 def test_a_template_that_knows_no_tools_is_told_of_them_and_of_their_results_in_words() -> None:
     call = Call("time", '{"at": 1}').body() | {"function": {"name": "time", "arguments": {"at": 1}}}
     messages = [
