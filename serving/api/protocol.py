@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -25,6 +26,7 @@ from serving.engine.messages import SamplingParams, Structure
 STRUCTURE_LIMIT_CHARS = 64 << 10  # of a schema, a regular expression or a grammar
 TOOLS_LIMIT_CHARS = 256 << 10
 MOST_IDS = 1 << 18  # in one request, of all its prompts together
+UNION_STEP = re.compile(r"[A-Z]|constrained-|\w+\[")  # what pydantic calls one of the forms that a value may have
 JSON_OBJECT = '{"type": "object"}'
 
 
@@ -304,7 +306,11 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        path = ".".join(str(step) for step in first["loc"] if not (isinstance(step, str) and "[" in step))
-        message = first["msg"].removeprefix("Value error, ")
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        told = max(
+            (one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]),
+            key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])),  # of several forms the nearest one
+        )
+        path = ".".join(str(step) for step in told["loc"] if not UNION_STEP.match(str(step)))
+        message = told["msg"].removeprefix("Value error, ")
         raise bad_request(f"{path}: {message}" if path else message, param=path or None) from None
