@@ -157,16 +157,18 @@ static inline void store_some(float* at, vec value, long count) {
     for (long i = 0; i < std::min<long>(count, LANES); ++i) at[i] = value[i];
 }
 
-template <int R>
-static void tile(Matrix a, const float* panel, long height, Sums sums, long width) {
+// R rows, which lie `row` apart or, ORDERED, k after k of TILE_ROWS, times a panel. Inlined where it is called most.
+template <int R, bool ORDERED>
+[[gnu::always_inline]] static inline void multiply_panel(const float* a, long row, const float* panel, long height, Sums sums,
+                                                         long width) {
     vec sum[R][2] = {};
     const bool whole = width == WIDTH;
     UNROLLED for (int r = 0; r < R; ++r)  // what is needed last is on its way while k goes by
         for (long line = 0; line < WIDTH; line += 16) __builtin_prefetch(sums.to + r * sums.to_row + line, 1);
-    for (long k = 0; k < height; ++k) {
+    _Pragma("GCC unroll 4") for (long k = 0; k < height; ++k) {
         const vec left = load(panel + k * WIDTH), right = load(panel + k * WIDTH + LANES);
         UNROLLED for (int r = 0; r < R; ++r) {
-            const float x = a.at[r * a.row + k * a.column];
+            const float x = ORDERED ? a[k * TILE_ROWS + r] : a[r * row + k];
             sum[r][0] += x * left;
             sum[r][1] += x * right;
         }
@@ -188,13 +190,20 @@ static void tile(Matrix a, const float* panel, long height, Sums sums, long widt
     }
 }
 
-typedef void (*Tile)(Matrix, const float*, long, Sums, long);
-
-template <int... R>
-constexpr std::array<Tile, sizeof...(R)> tiles_of(std::integer_sequence<int, R...>) {
-    return {tile<R + 1>...};
+template <int R, bool ORDERED>
+static void tile(const float* a, long row, const float* panel, long height, Sums sums, long width) {
+    multiply_panel<R, ORDERED>(a, row, panel, height, sums, width);
 }
-constexpr auto TILES = tiles_of(std::make_integer_sequence<int, TILE_ROWS>());
+
+typedef void (*Tile)(const float*, long, const float*, long, Sums, long);
+
+template <bool ORDERED, int... R>
+constexpr std::array<Tile, sizeof...(R)> tiles_of(std::integer_sequence<int, R...>) {
+    return {tile<R + 1, ORDERED>...};
+}
+// Of fewer rows than TILE_ROWS.
+constexpr std::array<Tile, TILE_ROWS - 1> REST[2] = {tiles_of<false>(std::make_integer_sequence<int, TILE_ROWS - 1>()),
+                                                     tiles_of<true>(std::make_integer_sequence<int, TILE_ROWS - 1>())};
 
 // What a tile's rows of `height` take, with room for the vector that reaches beyond their end.
 static long ordered_floats(long height) { return TILE_ROWS * height + LANES; }
@@ -239,12 +248,17 @@ static void multiply(Matrix a, long rows, const Panels& b, Sums sums, long depth
                 const float* next = panel + (packed_height + i / TILE_ROWS * share) * WIDTH;
                 if (order) for (long line = 0; line < share; ++line) __builtin_prefetch(next + line * WIDTH);
                 const long together = std::min<long>(TILE_ROWS, rows - i);
-                const Matrix own = order ? Matrix{ordered + i / TILE_ROWS * ordered_floats(height), 1, TILE_ROWS}
-                                         : Matrix{some.at + i * some.row, some.row, 1};
+                const float* own = order ? ordered + i / TILE_ROWS * ordered_floats(height) : some.at + i * some.row;
                 float* to = sums.to + i * sums.to_row + column;
                 const float* from = sums.from ? sums.from + i * sums.from_row + column : nullptr;
                 const Sums here = k ? Sums{to, sums.to_row, to, sums.to_row} : Sums{from, sums.from_row, to, sums.to_row};
-                TILES[together - 1](own, panel, height, here, std::min(WIDTH, b.columns - column));
+                const long width = std::min(WIDTH, b.columns - column);
+                if (together < TILE_ROWS)
+                    REST[order][together - 1](own, some.row, panel, height, here, width);
+                else if (order)
+                    multiply_panel<TILE_ROWS, true>(own, some.row, panel, height, here, width);
+                else
+                    multiply_panel<TILE_ROWS, false>(own, some.row, panel, height, here, width);
             }
         }
     }
