@@ -1,11 +1,12 @@
 """Many layouts in one group of processes: starting processes takes longer than all of their steps.
 
 `run_layouts` trains a few steps in each layout on as many gloo ranks and returns the losses and norms that rank 0 saw.
-`test` of a layout says which checkpoint to begin from and when to save one: `{"load": NAME, "save_at": STEP,
-"optimizer": "sgd"}`.
+`test` of a layout says which checkpoint to begin from and when to save one, and whether most targets do not count:
+`{"load": NAME, "save_at": STEP, "optimizer": "sgd", "padded": True}`.
 """
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from prometheus_client import CollectorRegistry
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, TrainConfig
-from trainer.data import Cursor, TokenStream
+from trainer.data import Batch, Cursor, TokenStream
 from trainer.data.windows import StreamWindows
 from trainer.errors import StopSignal
 from trainer.layout import layout_of
 from trainer.local_sgd import LocalSgd
 from trainer.log import Log
+from trainer.loss import IGNORED
 from trainer.optim import learning_rate, make_optimizer
 from trainer.parallel import Laid, Ranks, lay_out
 from trainer.parallel.ranks import place
@@ -72,6 +74,20 @@ def cursor_of(directory: Path, config: TrainConfig) -> Cursor:
     return Cursor([(windows, 1.0)], global_batch=config.global_batch, seed=3)
 
 
+class Padded:
+    """Samples of which the targets count up to a place of each one's own, and of every third sample none does."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+
+    def batch(self, step: int, *, micro: int, micro_batch: int, rank: int, world: int) -> Batch:
+        batch = self._cursor.batch(step, micro=micro, micro_batch=micro_batch, rank=rank, world=world)
+        sums = batch.tokens_BL.sum(1)
+        counts = np.where(sums % 3 == 0, 0, sums % (batch.tokens_BL.shape[1] - 1))
+        late = np.arange(batch.targets_BL.shape[1]) >= counts[:, None]
+        return replace(batch, targets_BL=np.where(late, IGNORED, batch.targets_BL))
+
+
 def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test: dict[str, Any]) -> dict[str, Any]:
     """(loss, norm of the gradients) of each step, from the checkpoint that `test` names, and the digest of the weights."""
     laid = lay_out(config, vocab_size=VOCAB, ranks=ranks, low_precision=config.dtype == "bfloat16")
@@ -81,6 +97,7 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
     traffic = Traffic(every_steps=test.get("traffic"), registry=CollectorRegistry(), log=Log(rank=1))
     outer = LocalSgd.of(config.local_sgd, laid.parts, ranks)
     cursor, stop, found, progress = cursor_of(directory, config), StopSignal(), [], Progress()
+    batches = Padded(cursor) if test.get("padded") else cursor
     saved, log = CheckpointConfig(), Log(rank=1)
     if "load" in test:
         checkpoints = Checkpoints(
@@ -94,7 +111,14 @@ def curve(config: TrainConfig, ranks: Ranks, directory: Path, *, name: str, test
         lr = learning_rate(progress.step, steps=config.steps, config=config.optim)
         with traffic.look(progress.step):
             loss, norm, _ = train_step(
-                progress.step, config, model=laid.run, optimizer=optimizer, cursor=cursor, lr=lr, ranks=ranks, stop=stop
+                progress.step,
+                config,
+                model=laid.run,
+                optimizer=optimizer,
+                cursor=batches,
+                lr=lr,
+                ranks=ranks,
+                stop=stop,
             )
         found.append((loss, norm))
         progress.advance(loss, step=progress.step + 1)

@@ -10,6 +10,7 @@ ROUNDED, COARSE = 2e-5, 2e-2
 
 TIED = {"model": {"tied_embeddings": True}}
 DOCUMENTS = {"document_mask": True}
+PADDED = {"test": {"padded": True}}
 LOCAL = {"every_steps": 1, "outer_lr": 1.0, "outer_momentum": 0.0}
 STREAMED = {"every_steps": 2, "outer_lr": 0.7, "outer_momentum": 0.6, "fragments": 2, "overlap_steps": 1}
 PLAIN = {"optim": {"lr": 0.3, "grad_clip": 1e9}}
@@ -27,6 +28,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "interleaved pp x cp": {**split(pp=2, cp=2, pp_schedule="interleaved")},
         "tied pp x fsdp": {**split(pp=2, dp_shard=2), **TIED, "test": {"save_at": 2}},
         "tied interleaved pp x tp": {**split(pp=2, tp=2, pp_schedule="interleaved"), **TIED},
+        "hsdp bf16": {**split(dp_shard=2), "dtype": "bfloat16"},
+        "padded pp x tp": {**split(pp=2, tp=2), **PADDED},
+        "padded cp x fsdp": {**split(cp=2, dp_shard=2), **PADDED},
     },
     8: {
         "pp x fsdp x tp as saved by fsdp x tp": {
@@ -59,6 +63,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tied one": TIED,
         "one bf16": {"dtype": "bfloat16"},
         "documents one": DOCUMENTS,
+        "padded one": PADDED,
         "one as saved by fsdp x tp": {"test": {"load": "fsdp x tp, selective"}},
         "tied one as saved by tied pp x fsdp": {**TIED, "test": {"load": "tied pp x fsdp"}},
         "one, full recompute": split(recompute="full"),
@@ -85,7 +90,8 @@ def assert_same(curve: list[list[float]], reference: list[list[float]], *, toler
 
 def reference_of(name: str) -> str:
     return next(
-        (f"{kind} one" for kind in ("tied", "documents") if kind in name), "one bf16" if "bf16" in name else "one"
+        (f"{kind} one" for kind in ("tied", "documents", "padded") if kind in name),
+        "one bf16" if "bf16" in name else "one",
     )
 
 
