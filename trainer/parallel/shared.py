@@ -8,6 +8,7 @@ gone; two places in turns make one barrier enough, since who lays down again has
 
 import mmap
 import os
+from contextlib import suppress
 from uuid import uuid4
 
 import torch
@@ -74,9 +75,10 @@ def _memory_of_all(count_bytes: int, ranks: Ranks) -> mmap.mmap | None:
     """
     descriptor, token = -1, uuid4().bytes
     if ranks.first:
-        descriptor = os.memfd_create("gradients")
-        os.ftruncate(descriptor, _TOKEN_BYTES + count_bytes)
-        os.pwrite(descriptor, token, 0)
+        with suppress(OSError):  # where it is not allowed nobody finds anything
+            descriptor = os.memfd_create("gradients")
+            os.ftruncate(descriptor, _TOKEN_BYTES + count_bytes)
+            os.pwrite(descriptor, token, 0)
     path, token = ranks.from_first((f"/proc/{os.getpid()}/fd/{descriptor}", token))
     try:
         with open(path, "r+b") as file:
@@ -85,6 +87,6 @@ def _memory_of_all(count_bytes: int, ranks: Ranks) -> mmap.mmap | None:
     except (OSError, ValueError):
         memory, found = None, False
     everywhere = ranks.sum(torch.tensor(int(found), device=ranks.device)).item() == ranks.world
-    if ranks.first:
+    if descriptor >= 0:
         os.close(descriptor)
     return memory if everywhere else None

@@ -76,3 +76,14 @@ def test_a_rank_that_cannot_reach_the_memory_leaves_all_with_sockets(tmp_path, m
         assert ranks.sum(torch.ones(())).item() == 2
 
     on_two_ranks(act, tmp_path)
+
+
+def test_a_kernel_that_gives_no_such_memory_leaves_all_with_sockets(tmp_path, monkeypatch):
+    def refuse(_name: str) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    def act(ranks: Ranks) -> None:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+        assert shared._memory_of_all(1024, ranks) is None
+
+    on_two_ranks(act, tmp_path)
