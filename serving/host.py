@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from serving import logs
 from serving.adapters import AdapterShelf
 from serving.chat_template import ChatTemplate
+from serving.engine.background import in_background
 from serving.engine.client import EngineError, EngineProcess
 from serving.engine.messages import AdapterRef
 from serving.errors import Refused
@@ -85,7 +87,7 @@ class ModelHost:
             delay_s = self.settings.poll_s
             package: Package | None = None
             try:
-                package = await asyncio.to_thread(channel.read)
+                package = await asyncio.wrap_future(in_background(channel.read))
                 if package is None and self.current is None:
                     self.why_not_ready = f"there is no model in the channel yet ({channel.url})"
                     said = _say_once("waiting", self.why_not_ready, said)
@@ -116,8 +118,8 @@ class ModelHost:
         started_s = time.monotonic()
         if self.current is None:
             self.why_not_ready = "the model is loading"
-        checking = logs.Progress("load", total=0, unit="bytes checked")
-        root = await asyncio.to_thread(fetch, package, on_bytes=lambda done, total: _advance(checking, done, total))
+        checking = logs.Progress("load", unit="bytes checked")
+        root = await asyncio.wrap_future(in_background(partial(fetch, package, on_bytes=checking.update)))
         self.metrics.load.labels("check").set(time.monotonic() - started_s)
         if self.current is not None:
             self._check_memory(root, beside=self.current)
@@ -191,7 +193,7 @@ class LoadStages:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._progress = logs.Progress("load", total=0, unit="bytes")
+        self._progress = logs.Progress("load", unit="bytes")
         self._stage, self._since_s = "start", time.monotonic()
 
     def on_bytes(self, done: int, total: int) -> None:
@@ -201,17 +203,12 @@ class LoadStages:
         if done >= total and self._stage == "weights":
             self.finish("weights")
             self._stage = "first_token"
-        _advance(self._progress, done, total)
+        self._progress.update(done, total)
 
     def finish(self, stage: str) -> None:
         now_s = time.monotonic()
         self._metrics.load.labels(stage).set(now_s - self._since_s)
         self._since_s = now_s
-
-
-def _advance(progress: logs.Progress, done: int, total: int) -> None:
-    progress.total = total
-    progress.update(done)
 
 
 def _say_once(name: str, message: str, said: str) -> str:

@@ -25,15 +25,15 @@ def event(name: str, *, level: str = "info", **fields: object) -> None:
 class Progress:
     """`progress` events of one stage, at most four a second, with the last one always written."""
 
-    def __init__(self, stage: str, *, total: int, unit: str) -> None:
-        self.stage, self.total, self.unit = stage, total, unit
+    def __init__(self, stage: str, *, unit: str) -> None:
+        self.stage, self.unit = stage, unit
         self._next_s = 0.0
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if now_s >= self._next_s or done >= self.total:
+        if now_s >= self._next_s or done >= total:
             self._next_s = now_s + PROGRESS_INTERVAL_S
-            event("progress", stage=self.stage, done=done, total=self.total, unit=self.unit)
+            event("progress", stage=self.stage, done=done, total=total, unit=self.unit)
 
 
 class EventHandler(logging.Handler):

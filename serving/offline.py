@@ -79,22 +79,21 @@ class Shard:
     async def run(self, context: Context, *, at_once: int) -> None:
         """Answers what is not answered yet, `at_once` lines at a time."""
         answered = set(self.output.windows(self.own.shard))
-        room, seen = asyncio.Semaphore(at_once), logs.Progress("batch", total=0, unit="lines")
+        room, seen = asyncio.Semaphore(at_once), logs.Progress("batch", unit="lines")
         running: set[asyncio.Task[None]] = set()
         done = 0
         try:
             for window in self.windows():
                 done += len(window)
-                seen.total = done
                 if window[0].offset in answered:
                     continue
                 running.add(asyncio.create_task(self._answer(context, window, room)))
                 if len(running) * self.own.window >= AHEAD * at_once + self.own.window:
                     running = await _first_of(running)
-                    seen.update(done - len(running) * self.own.window)
+                    seen.update(done - len(running) * self.own.window, done)
             while running:
                 running = await _first_of(running)
-            seen.update(done)
+            seen.update(done, done)
         finally:
             for task in running:
                 task.cancel()

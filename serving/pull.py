@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     try:
         package = await_package(asked.model)
-        checking = logs.Progress("load", total=0, unit="bytes checked")
-        _point(asked.link, fetch(package, on_bytes=lambda done, total: _advance(checking, done, total)))
+        _point(asked.link, fetch(package, on_bytes=logs.Progress("load", unit="bytes checked").update))
     except Refused as error:
         logs.event("error", level="error", message=str(error))
         print(f"error: {error}", file=sys.stderr)
@@ -51,11 +50,6 @@ def await_package(model: str) -> Package:
             said = True
         time.sleep(POLL_S)
     return package
-
-
-def _advance(progress: logs.Progress, done: int, total: int) -> None:
-    progress.total = total
-    progress.update(done)
 
 
 def _point(link: Path, root: Path) -> None:

@@ -1,6 +1,7 @@
 """Start, swap and stop, by real processes: nothing accepted is ever cut, and nothing is answered that cannot be."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -163,6 +164,17 @@ def test_an_engine_that_dies_ends_its_streams_and_the_server(tiny: Path, start_s
         engine.kill()
         assert "engine_failed" in stream.result()[-1]
     assert server.wait() == 1
+
+
+def test_a_registry_that_does_not_answer_holds_no_end_up(tmp_path: Path, start_server) -> None:
+    digest = publish(make_package(tmp_path / "one"), tmp_path)
+    weights = tmp_path / "models" / "tiny" / digest / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)  # whoever opens it waits for ever
+    server = start_server(point(tmp_path, digest))
+    server.wait_for("progress")
+    server.terminate()
+    assert server.wait() == 0
 
 
 def test_a_killed_server_leaves_no_engine_behind(tiny: Path, start_server) -> None:
