@@ -27,7 +27,6 @@ class TrainMetrics:
         self.last_checkpoint_step = gauge("last_checkpoint_step", "Step of the newest checkpoint.")
         # By the names of a row of log.jsonl. What a run has no numbers for stays out.
         self._of_row = {
-            "step": self.step,
             "loss": self.loss,
             "lr": self.learning_rate,
             "tokens_per_s": self.tokens_per_second,

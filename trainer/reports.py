@@ -41,6 +41,7 @@ class Reports:
         row: dict[str, Any] = {"step": step, "loss": loss, "lr": lr}
         row["tokens_per_s"] = round(self._meter.tokens_per_s, 1)
         self._log.progress("train", done=step, total=self._config.steps, unit="steps", **row)
+        self.metrics.step.set(step)
         self.metrics.tokens.inc(self._config.global_batch * self._config.seq)
         if step % self._config.log_every_steps and step != self._config.steps:
             return

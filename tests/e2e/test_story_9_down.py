@@ -1,6 +1,7 @@
 """At the end: the stack goes without its volumes, then with them; the cluster leaves the machine as it was, cut off or not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from infra.apply import Cluster
 from infra.clouds.local import Places, kind
-from tests.e2e.conftest import KEPT, ROOT, SLIPWAY, slipway
+from tests.e2e.conftest import KEPT, ROOT, SLIPWAY, STATE, slipway
 from tests.e2e.machine_state import Snapshot, difference, snapshot
 
 Json = dict[str, Any]
@@ -58,6 +59,7 @@ def clean(kubeconfig: Path) -> Snapshot:
     if kind.is_possible():
         pytest.skip("the cluster is kind's: what it leaves is Docker's")
     slipway("cluster", "down")
+    shutil.rmtree(STATE / "pulumi", ignore_errors=True)  # of a stack that is gone; who is ended below takes it along
     return snapshot()
 
 
