@@ -3,28 +3,20 @@
 A wrong key or value is refused with its line in the file and the nearest thing that works.
 """
 
-import argparse
 import difflib
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from trainer.config import Config, TrainConfig
-from trainer.errors import Refused
+from trainer.errors import Parser, Refused
 
 C = TypeVar("C", bound=Config)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Refused(
-            message, where="command line", fix=f"Usage: {self.format_usage().removeprefix('usage: ').strip()}"
-        )
 
 
 def read_command(
@@ -43,7 +35,7 @@ def read_command(
     """
     words = [*(f"{place}=…" for place in places), *(f"[{place}=…]" for place in optional), "[key=value …]"]
     usage = f"python -m {program} --config FILE {' '.join(words)}"
-    parser = _Parser(prog=f"python -m {program}", usage=usage, add_help=True, allow_abbrev=False)
+    parser = Parser(prog=f"python -m {program}", usage=usage, add_help=True, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", type=Path)
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(list(arguments))

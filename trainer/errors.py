@@ -1,5 +1,6 @@
 """How a program of the trainer ends: its exit codes, and the one line it says when it does not end well."""
 
+import argparse
 import os
 import signal
 import sys
@@ -36,6 +37,14 @@ class Failed(RuntimeError):
 
 class Interrupted(Exception):
     """A signal asked for the end and all work so far is on disk; the exit code is 75."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that is refused as everything is."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        raise Refused(message, where="command line", fix=f"Usage: {usage}")
 
 
 class StopSignal:

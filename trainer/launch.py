@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.command import read_train_command
 from trainer.config import TrainConfig
@@ -39,13 +39,22 @@ def _launch(flags: list[str], trainer_arguments: list[str], config: TrainConfig)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.run import config_from_args, get_args_parser  # it takes seconds, which a refusal need not
 
-    options = get_args_parser().parse_args([*flags, "-m", "trainer", *trainer_arguments])
+    parser = get_args_parser()
+    parser.error = _refuse
+    options = parser.parse_args([*flags, "-m", "trainer", *trainer_arguments])
     if options.standalone:
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(os.getpid())
-    launch_config, command, command_arguments = config_from_args(options)
+    try:
+        launch_config, command, command_arguments = config_from_args(options)
+    except ValueError as error:
+        _refuse(str(error))
     if launch_config.min_nodes == launch_config.max_nodes:  # else the world is known only after the rendezvous
         layout_of(config, world=launch_config.max_nodes * launch_config.nproc_per_node)
     run_node(launch_config, command, *command_arguments)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise Refused(message.rstrip("."), where="torchrun's flags", fix=f"Usage: {_USAGE}")
 
 
 def run_node(config: "LaunchConfig", entry: Callable[..., None] | str | None, *arguments: Any) -> None:

@@ -6,7 +6,6 @@ all who took part say that it went well; one who dies in it makes it fail, and t
 written once, by compare-and-set: whatever dies when, all who live read the same.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from uuid import uuid4
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.errors import Failed, Refused, StopSignal, run_program
+from trainer.errors import Failed, Parser, Refused, StopSignal, run_program
 from trainer.log import Log
 
 _PORT, _CONNECT_S, _PULSES = 29400, 60.0, 5
@@ -217,13 +216,19 @@ def connect(endpoint: str, purpose: str) -> PrefixStore:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainer.meeting")
+    parser = Parser(prog="python -m trainer.meeting")
     parser.add_argument("--host", default="0.0.0.0")  # noqa: S104 - replicas are on other machines
-    parser.add_argument("--port", type=int, default=int(os.environ.get("MEETING_PORT", _PORT)))
+    parser.add_argument("--port", type=int, default=os.environ.get("MEETING_PORT", str(_PORT)))
     options = parser.parse_args(arguments)
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        reason, where = getattr(error, "strerror", None) or str(error), f"{options.host}:{options.port}"
+        raise Refused(
+            f"cannot listen: {reason}", where=where, fix="Set --port or MEETING_PORT to a free one."
+        ) from None
     stop = StopSignal()
     stop.listen()
-    listening = socket.create_server((options.host, options.port))
     host, port = listening.getsockname()[:2]
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     Log().emit("meeting", endpoint=f"{host}:{port}")

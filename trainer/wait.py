@@ -1,20 +1,13 @@
 """`python -m trainer.wait PATH… [--timeout S]`: ends when every path exists; what a later stage waits for."""
 
-import argparse
 import time
 from pathlib import Path
-from typing import NoReturn
 
-from trainer.errors import Failed, Refused, run_program
+from trainer.errors import Failed, Parser, run_program
 from trainer.log import Log
 
 _POLL_S = 0.2
 _TELL_EVERY_S = 30.0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Refused(message, where="command line", fix="Usage: python -m trainer.wait PATH… [--timeout S]")
 
 
 def wait_for(paths: list[Path], *, timeout_s: float | None, log: Log) -> None:
@@ -33,7 +26,9 @@ def wait_for(paths: list[Path], *, timeout_s: float | None, log: Log) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = _Parser(prog="python -m trainer.wait", description=__doc__)
+    parser = Parser(
+        usage="python -m trainer.wait PATH… [--timeout S]", prog="python -m trainer.wait", description=__doc__
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--timeout", type=float, default=None, metavar="S", help="seconds; for ever when not given")
     options = parser.parse_args(arguments)

@@ -16,9 +16,11 @@ from programs_of_trainer import TRAIN, program_environment, run_program
 from replicas_of_trainer import fork
 from safetensors.torch import load_file
 
+from trainer import meeting
 from trainer.config import TrainConfig
 from trainer.errors import Failed, Interrupted, Refused, StopSignal
 from trainer.errors import run_program as run_as_program
+from trainer.launch import main as launcher
 from trainer.model import Decoder
 from trainer.optim import step_by
 from trainer.storage import Storage
@@ -172,6 +174,27 @@ def test_the_launcher_refuses_before_any_rank_starts(dataset, train_yaml, tmp_pa
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "Set global_batch to 4 or 8" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--nproc-per-node=many"], "Unsupported nproc_per_node value: many"),
+        (["--nnodes=x"], "invalid literal"),
+        (["--max-restarts=x"], "invalid int value: 'x'"),
+    ],
+)
+def test_flags_that_torchrun_does_not_take_are_refused_as_all_else(dataset, train_yaml, tmp_path, flags, said):
+    with pytest.raises(Refused, match=rf"{said}.* \(torchrun's flags\)\. Usage: python -m trainer.launch"):
+        launcher([*flags, "--", "--config", str(train_yaml), f"data={dataset}", f"run={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(("port", "said"), [("x", "invalid int value: 'x'"), ("70000", "cannot listen: .*0-65535")])
+def test_a_meeting_place_without_a_port_is_refused(port, said, monkeypatch):
+    monkeypatch.setenv("MEETING_PORT", port)
+    with pytest.raises(Refused, match=said):
+        meeting.main([])
 
 
 def test_what_ranks_meet_together_is_told_once_and_what_one_meets_alone_is_told_too(tmp_path, monkeypatch):
