@@ -20,13 +20,9 @@ def main(argv: list[str]) -> int:
         logs.capture_standard_logging()
         return asyncio.run(serve(source, asked, Sockets(asked)))
     except Refused as error:
-        logs.event("error", level="error", message=str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return logs.end(error, code=2)
     except EngineError as error:
-        logs.event("error", level="error", message=str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return logs.end(error, code=1)
 
 
 if __name__ == "__main__":

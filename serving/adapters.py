@@ -7,10 +7,12 @@ reads an adapter when the first request needs it (engine/adapters.py).
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from serving import logs
+from serving.engine.background import off_loop
 from serving.engine.messages import AdapterRef
 from serving.errors import Refused
 from serving.model.adapter import CONFIG, read_adapter
@@ -85,13 +87,13 @@ class AdapterShelf:
         """Makes ready what the source holds now, unless that was tried before. Returns, and notes, what is wrong with it."""
         assert self._config is not None
         try:
-            package = await asyncio.to_thread(source.read) if isinstance(source, Channel) else source
+            package = await off_loop(source.read) if isinstance(source, Channel) else source
             if name in self._tried and self._tried[name] == package:
                 return None
             self._tried[name] = package
             if package is None:
                 raise Refused("there is no adapter yet", where=source.url, fix="Publish one to the channel")
-            adapter = await asyncio.to_thread(_read, package, self._config)
+            adapter = await off_loop(partial(_read, package, self._config))
         except (Refused, OSError) as error:
             if self._sources.get(name) is source and self.refused.get(name) != str(error):
                 logs.event("error", level="error", message=f"adapter '{name}': {error}")

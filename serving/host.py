@@ -14,7 +14,7 @@ from pathlib import Path
 from serving import logs
 from serving.adapters import AdapterShelf
 from serving.chat_template import ChatTemplate
-from serving.engine.background import in_background
+from serving.engine.background import off_loop
 from serving.engine.client import EngineError, EngineProcess
 from serving.engine.messages import AdapterRef
 from serving.errors import Refused
@@ -87,7 +87,7 @@ class ModelHost:
             delay_s = self.settings.poll_s
             package: Package | None = None
             try:
-                package = await asyncio.wrap_future(in_background(channel.read))
+                package = await off_loop(channel.read)
                 if package is None and self.current is None:
                     self.why_not_ready = f"there is no model in the channel yet ({channel.url})"
                     said = _say_once("waiting", self.why_not_ready, said)
@@ -119,7 +119,7 @@ class ModelHost:
         if self.current is None:
             self.why_not_ready = "the model is loading"
         checking = logs.Progress("load", unit="bytes checked")
-        root = await asyncio.wrap_future(in_background(partial(fetch, package, on_bytes=checking.update)))
+        root = await off_loop(partial(fetch, package, on_bytes=checking.update))
         self.metrics.load.labels("check").set(time.monotonic() - started_s)
         if self.current is not None:
             self._check_memory(root, beside=self.current)

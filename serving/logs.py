@@ -22,6 +22,13 @@ def event(name: str, *, level: str = "info", **fields: object) -> None:
     sys.stdout.flush()
 
 
+def end(error: Exception, *, code: int) -> int:
+    """Says in the log and on stderr why a program ends; returns its exit code."""
+    event("error", level="error", message=str(error))
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
 class Progress:
     """`progress` events of one stage, at most four a second, with the last one always written."""
 

@@ -183,17 +183,11 @@ def main(argv: list[str]) -> int:
         if not shard.is_joined:
             shard.finish()
     except Refused as error:
-        return _end(str(error), 2)
+        return logs.end(error, code=2)
     except (EngineError, OSError) as error:
-        return _end(str(error), 1)
+        return logs.end(error, code=1)
     logs.event("done", stage="batch", seconds=round(time.monotonic() - started_s, 3), skipped=skipped)
     return 0
-
-
-def _end(message: str, code: int) -> int:
-    logs.event("error", level="error", message=message)
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -28,12 +28,9 @@ def main(argv: list[str]) -> int:
         package = await_package(asked.model)
         _point(asked.link, fetch(package, on_bytes=logs.Progress("load", unit="bytes checked").update))
     except Refused as error:
-        logs.event("error", level="error", message=str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return logs.end(error, code=2)
     except OSError as error:
-        logs.event("error", level="error", message=str(error))
-        return 1
+        return logs.end(error, code=1)
     logs.event("artifact", kind="model", path=str(asked.link), digest=package.digest)
     return 0
 

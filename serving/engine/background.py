@@ -1,5 +1,6 @@
-"""What a step must not wait for: done by a thread, and taken in between steps."""
+"""What a step, or the event loop, must not wait for: done by a thread."""
 
+import asyncio
 import os
 import sys
 import threading
@@ -30,3 +31,8 @@ def in_background(work: Callable[[], T]) -> "Future[T]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+async def off_loop(work: Callable[[], T]) -> T:
+    """The result of `in_background`, awaited. The loop's own threads would be waited for when the process is to end."""
+    return await asyncio.wrap_future(in_background(work))

@@ -86,7 +86,11 @@ def offline(engine: Engine, prompts: Prompts) -> None:
 
 
 async def over_http(port: int, prompts: Prompts) -> None:
-    """All requests at once, each a stream on a connection of its own, read by as little code as can be."""
+    """All requests at once, each a stream on a connection of its own, read by as little code as can be.
+
+    What the client takes of the machine counts against the server, though it is none of its own: the engine offline has no
+    client, and here it is one more process on the same processors.
+    """
 
     async def one(prompt: list[int]) -> None:
         body = json.dumps(
