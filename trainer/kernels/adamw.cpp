@@ -10,13 +10,15 @@ namespace {
 
 constexpr long PIECE = 1 << 14;
 
-// Calls work(tensor, first, count, number of the piece) for all pieces, on all threads; returns how many there are.
+long pieces_of(long numbers) { return (numbers + PIECE - 1) / PIECE; }
+
+// Calls work(tensor, first, count, number of the piece) for all pieces, on all threads.
 template <class F>
-long for_pieces(long tensors, const long* numbers, F&& work) {
+void for_pieces(long tensors, const long* numbers, F&& work) {
     thread_local std::vector<long> room;
     room.resize(tensors);
     long pieces = 0;
-    for (long i = 0; i < tensors; ++i) room[i] = pieces += (numbers[i] + PIECE - 1) / PIECE;
+    for (long i = 0; i < tensors; ++i) room[i] = pieces += pieces_of(numbers[i]);
     const long* ends = room.data();
 #pragma omp parallel for schedule(dynamic)
     for (long piece = 0; piece < pieces; ++piece) {
@@ -24,7 +26,6 @@ long for_pieces(long tensors, const long* numbers, F&& work) {
         const long first = (piece - (i ? ends[i - 1] : 0)) * PIECE;
         work(i, first, std::min(PIECE, numbers[i] - first), piece);
     }
-    return pieces;
 }
 
 }  // namespace
@@ -34,7 +35,7 @@ extern "C" {
 double sum_of_squares(long tensors, const long* numbers, const float* const* values) {
     thread_local std::vector<double> room;
     long pieces = 0;
-    for (long i = 0; i < tensors; ++i) pieces += (numbers[i] + PIECE - 1) / PIECE;
+    for (long i = 0; i < tensors; ++i) pieces += pieces_of(numbers[i]);
     room.resize(pieces);
     double* sums = room.data();
     for_pieces(tensors, numbers, [&](long i, long first, long count, long piece) {
