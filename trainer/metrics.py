@@ -6,53 +6,50 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 
 from trainer.errors import Refused
 
+_OF_ROW = {
+    "step": ("step", "Optimizer steps done."),
+    "loss": ("loss", "Cross-entropy of the last logged step, nats a token, mean over the global batch."),
+    "lr": ("learning_rate", "Learning rate of the last logged step."),
+    "tokens_per_s": ("tokens_per_second", "Tokens a second over all ranks, since the last log."),
+    "grad_norm": ("grad_norm", "Norm of all gradients before clipping."),
+    "step_s": ("step_seconds", "Mean time of a step, without checkpoints."),
+    "tokens_per_s_per_rank": ("tokens_per_second_per_rank", "Tokens a second of one rank."),
+    "data_wait_ratio": ("data_wait_ratio", "Share of the time in which the step waited for its data."),
+    "memory_peak_bytes": ("memory_peak_bytes", "Most memory in use on rank 0: of its GPU, or of its process."),
+    "memory_reserved_peak_bytes": ("memory_reserved_peak_bytes", "Most memory held by the GPU's allocator."),
+    "goodput_ratio": ("goodput_ratio", "Time of steps that count, of all time since the run first began."),
+    "mfu_ratio": ("mfu_ratio", "Model FLOPs of all there could be (PaLM, appendix B)."),
+    "hfu_ratio": ("hfu_ratio", "The same with what is computed twice."),
+    "step_to_planned_ratio": ("step_to_planned_ratio", "Mean time of a step, to the planner's."),
+    "memory_to_planned_ratio": ("memory_to_planned_ratio", "Most memory in use, to the planner's."),
+}
+"""By the names of a row of log.jsonl. What a run has no numbers for stays out."""
+_AT_ONCE = ("step", "loss", "lr", "tokens_per_s", "grad_norm")
+
 
 class TrainMetrics:
     """The gauges of rank 0. `serve` opens METRICS_PORT when the environment names one."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
+        self._of_row = {name: self._gauge(*_OF_ROW[name]) for name in _AT_ONCE}
+        self.step = self._of_row["step"]
+        self.steps = self._gauge("steps", "Optimizer steps of the whole run.")
+        self.tokens = Counter(
+            "slipway_train_tokens", "Tokens trained on by this process group.", registry=self.registry
+        )
+        self.checkpoint_seconds = self._gauge("checkpoint_seconds", "Time that the last checkpoint took.")
+        self.last_checkpoint_step = self._gauge("last_checkpoint_step", "Step of the newest checkpoint.")
 
-        def gauge(name: str, meaning: str) -> Gauge:
-            return Gauge(f"slipway_train_{name}", meaning, registry=registry)
-
-        self.loss = gauge("loss", "Cross-entropy of the last logged step, nats a token, mean over the global batch.")
-        self.step = gauge("step", "Optimizer steps done.")
-        self.steps = gauge("steps", "Optimizer steps of the whole run.")
-        self.tokens = Counter("slipway_train_tokens", "Tokens trained on by this process group.", registry=registry)
-        self.tokens_per_second = gauge("tokens_per_second", "Tokens a second over all ranks, since the last log.")
-        self.grad_norm = gauge("grad_norm", "Norm of all gradients before clipping.")
-        self.learning_rate = gauge("learning_rate", "Learning rate of the last logged step.")
-        self.checkpoint_seconds = gauge("checkpoint_seconds", "Time that the last checkpoint took.")
-        self.last_checkpoint_step = gauge("last_checkpoint_step", "Step of the newest checkpoint.")
-        # By the names of a row of log.jsonl. What a run has no numbers for stays out.
-        self._of_row = {
-            "loss": self.loss,
-            "lr": self.learning_rate,
-            "tokens_per_s": self.tokens_per_second,
-            "grad_norm": self.grad_norm,
-        }
-        self._later = {
-            "step_s": ("step_seconds", "Mean time of a step, without checkpoints."),
-            "tokens_per_s_per_rank": ("tokens_per_second_per_rank", "Tokens a second of one rank."),
-            "data_wait_ratio": ("data_wait_ratio", "Share of the time in which the step waited for its data."),
-            "memory_peak_bytes": ("memory_peak_bytes", "Most memory in use on rank 0: of its GPU, or of its process."),
-            "memory_reserved_peak_bytes": ("memory_reserved_peak_bytes", "Most memory held by the GPU's allocator."),
-            "goodput_ratio": ("goodput_ratio", "Time of steps that count, of all time since the run first began."),
-            "mfu_ratio": ("mfu_ratio", "Model FLOPs of all there could be (PaLM, appendix B)."),
-            "hfu_ratio": ("hfu_ratio", "The same with what is computed twice."),
-            "step_to_planned_ratio": ("step_to_planned_ratio", "Mean time of a step, to the planner's."),
-            "memory_to_planned_ratio": ("memory_to_planned_ratio", "Most memory in use, to the planner's."),
-        }
-        self._gauge = gauge
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(f"slipway_train_{name}", meaning, registry=self.registry)
 
     def show(self, row: dict[str, float]) -> None:
         """Sets what a row of the log says."""
-        for name, value in row.items():
-            if name not in self._of_row and name in self._later:
-                self._of_row[name] = self._gauge(*self._later[name])
-            if name in self._of_row:
-                self._of_row[name].set(value)
+        for name, about in _OF_ROW.items():
+            if name in row:
+                self._of_row[name] = self._of_row.get(name) or self._gauge(*about)
+                self._of_row[name].set(row[name])
 
     def serve(self) -> None:
         """Raises Refused when the port is no port or taken."""

@@ -10,13 +10,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import trainer.plot  # noqa: F401  # once here, and not in every fork that ends
 from tests.ports import free_port
 from trainer.config import TrainConfig
-from trainer.errors import StopSignal
+from trainer.errors import StopSignal, run_program
 from trainer.train import train
 
 
@@ -38,6 +39,20 @@ def fork(act: Callable[[], None], *, said: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def two_ranks(config: TrainConfig, *, said: Path, **where: Any) -> list[int]:
+    """The exit codes of both, each as a program would have ended; `where` is what `train` is told beside."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)
+        sys.argv = ["trainer"]
+        os.environ.update(place, RANK=str(number), LOCAL_RANK=str(number))
+        run_program(lambda _: train(config, stop=StopSignal(), **where))
+
+    pids = [fork(lambda number=number: rank(number), said=said) for number in range(2)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 class Replica:

@@ -1,22 +1,18 @@
 """Whatever befalls a run, it ends with the bits of an undisturbed one, and only the steps since a checkpoint are done again."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from injected_trainer import launch_two
 from programs_of_trainer import TRAIN
-from replicas_of_trainer import fork
+from replicas_of_trainer import two_ranks
 
-from tests.ports import free_port
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
-from trainer.errors import Failed, StopSignal, run_program
+from trainer.errors import Failed, StopSignal
 from trainer.model import Decoder
 from trainer.train import train
 
@@ -83,24 +79,12 @@ FEW = {**TRAIN, "steps": 6, "checkpoint": {"every_steps": 2, "keep": 1}, "parall
 
 def sharded_run(dataset: Path, directory: Path, *, checkpoints: Path) -> list[int]:
     """The exit codes of two ranks that share the weights; what they say is in `directory/said`."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    config = TrainConfig.model_validate(FEW)
-    where = {"data": dataset, "run": directory / "run", "checkpoints": str(checkpoints)}
-
-    def rank(number: int) -> None:
-        torch.set_num_threads(1)
-        os.environ.update(place, RANK=str(number), LOCAL_RANK=str(number))
-        run_program(lambda _: train(config, stop=StopSignal(), **where))
-
     directory.mkdir(exist_ok=True)
-    pids = [fork(lambda number=number: rank(number), said=directory / "said") for number in range(2)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    where = {"data": dataset, "run": directory / "run", "checkpoints": str(checkpoints)}
+    return two_ranks(TrainConfig.model_validate(FEW), said=directory / "said", **where)
 
 
-def test_a_full_disk_is_told_once_and_with_room_again_the_run_ends_with_the_same_bits(
-    dataset, tmp_path, small_disk, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["trainer"])
+def test_a_full_disk_is_told_once_and_with_room_again_the_run_ends_with_the_same_bits(dataset, tmp_path, small_disk):
     assert sharded_run(dataset, tmp_path / "full", checkpoints=small_disk / "steps") == [1, 1]
     said = (tmp_path / "full" / "said").read_text()
     errors = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from programs_of_trainer import TRAIN, run_program
+from replicas_of_trainer import two_ranks
 from safetensors import safe_open
 from test_train_sources import CHATS, QUIET, config_of, write_rows
 
@@ -315,17 +316,16 @@ def test_a_package_with_other_tokens_and_adapters_of_nothing_are_refused(chats, 
         train(TrainConfig.model_validate({**TRAIN, "lora": {}}), data=dataset, run=tmp_path / "run", stop=StopSignal())
 
 
-@pytest.mark.slow
 def test_adapters_of_a_sharded_model_are_those_of_a_whole_one(chats, tmp_path):
     package = their_package("Qwen3", tmp_path / "theirs", chats)
     values = {key: value for key, value in TRAIN.items() if key != "model"}
     values |= {"seq": 160, "steps": 4, "lora": {"rank": 4}, "optim": {"lr": 1e-2}}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
-    words = ["--config", tmp_path / "train.yaml", f"data={chats.directory}", f"base={package}"]
-    flags = ["trainer.launch", "--standalone", "--nproc-per-node=2", "--"]
-    ended = run_program(*flags, *words, f"run={tmp_path / 'two'}", "parallelism.dp_shard=2")
-    assert ended.returncode == 0, ended.stderr
-    config, _ = read_train_command([*map(str, words), "run=R"])
+    words = ["--config", str(tmp_path / "train.yaml"), f"data={chats.directory}", f"base={package}", "run=R"]
+    config, _ = read_train_command(words)
+    sharded, _ = read_train_command([*words, "parallelism.dp_shard=2"])
+    where, said = {"data": chats.directory, "run": tmp_path / "two", "base": package}, tmp_path / "said"
+    assert two_ranks(sharded, said=said, **where) == [0, 0], said.read_text()
     train(config, data=chats.directory, run=tmp_path / "one", base=package, stop=StopSignal())
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (load_package(tmp_path / name / "model").state_dict() for name in ("one", "two"))
