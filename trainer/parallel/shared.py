@@ -75,7 +75,7 @@ def _memory_of_all(count_bytes: int, ranks: Ranks) -> mmap.mmap | None:
     """
     descriptor, token = -1, uuid4().bytes
     if ranks.first:
-        with suppress(OSError):  # where it is not allowed nobody finds anything
+        with suppress(OSError, AttributeError):  # where it is not allowed, or no Linux, nobody finds anything
             descriptor = os.memfd_create("gradients")
             os.ftruncate(descriptor, _TOKEN_BYTES + count_bytes)
             os.pwrite(descriptor, token, 0)
