@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     try:
         asked = settings.parse(argv)
         source = resolve(asked.model)
-        import uvloop  # a stream's token costs a tenth less than by asyncio's own loop
+        import uvloop  # a server's processor time is 4 to 5 % less than with asyncio's own loop
 
         from serving.server import Sockets, serve  # the web framework: half a second that a refusal need not wait for
 
