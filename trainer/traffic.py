@@ -25,7 +25,7 @@ _BYTES = {
     "unsigned char": 1,
     "bool": 1,
 }
-_BACKENDS = ("gloo:", "nccl:", "memory::")
+_BACKENDS = ("gloo:", "nccl:")
 
 
 class Traffic:
@@ -72,8 +72,7 @@ def _by_collective(events: list[Any]) -> dict[str, dict[str, float]]:
         numbers = found[event.name().removeprefix(backend)]
         numbers["calls"] += 1
         numbers["seconds"] += event.duration_ns() / 1e9
-        given = list(zip(event.shapes(), event.dtypes(), strict=False))
-        for shape, kind in given[:1] if backend == "memory::" else given:  # then comes where they lie
+        for shape, kind in zip(event.shapes(), event.dtypes(), strict=False):
             count = 1
             for size in shape:
                 count *= size

@@ -2,7 +2,6 @@
 
 `ranks` says who is who and what they tell one another; `apply` lays a model over them, in one readable order, with the
 dimensions in files of their own: `tensor` (matrices), `context` (sequences), `pipeline` (layers), `memory` (recompute).
-`shared` averages the gradients of ranks on one machine.
 """
 
 from trainer.parallel.apply import Laid, lay_out

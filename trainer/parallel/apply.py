@@ -16,7 +16,6 @@ from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.memory import apply_recompute, inner_block, plain_name
 from trainer.parallel.pipeline import Elsewhere, Pipeline, is_tied, keep_stage, stages_of
 from trainer.parallel.ranks import Ranks
-from trainer.parallel.shared import average_in_shared_memory
 from trainer.parallel.tensor import apply_tensor_parallel
 
 
@@ -76,7 +75,6 @@ def _replicate(config: TrainConfig, *, vocab_size: int, ranks: Ranks, labels: in
         return Laid([model], model)
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     run = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    average_in_shared_memory(run, ranks)
     return Laid([model], run)
 
 
