@@ -7,7 +7,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from trainer.errors import Refused
 
 _OF_ROW = {
-    "step": ("step", "Optimizer steps done."),
     "loss": ("loss", "Cross-entropy of the last logged step, nats a token, mean over the global batch."),
     "lr": ("learning_rate", "Learning rate of the last logged step."),
     "tokens_per_s": ("tokens_per_second", "Tokens a second over all ranks, since the last log."),
@@ -24,7 +23,7 @@ _OF_ROW = {
     "memory_to_planned_ratio": ("memory_to_planned_ratio", "Most memory in use, to the planner's."),
 }
 """By the names of a row of log.jsonl. What a run has no numbers for stays out."""
-_AT_ONCE = ("step", "loss", "lr", "tokens_per_s", "grad_norm")
+_AT_ONCE = ("loss", "lr", "tokens_per_s", "grad_norm")
 
 
 class TrainMetrics:
@@ -33,7 +32,7 @@ class TrainMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._of_row = {name: self._gauge(*_OF_ROW[name]) for name in _AT_ONCE}
-        self.step = self._of_row["step"]
+        self.step = self._gauge("step", "Optimizer steps done.")
         self.steps = self._gauge("steps", "Optimizer steps of the whole run.")
         self.tokens = Counter(
             "slipway_train_tokens", "Tokens trained on by this process group.", registry=self.registry

@@ -109,11 +109,10 @@ class _Adapters:
     def read(cls, directory: Path, base: Path | None) -> "_Adapters":
         about, provenance = (read_json(directory / name) or {} for name in (ADAPTERS_CONFIG, "slipway.json"))
         base = base or Path(about.get("base_model_name_or_path") or "base")
+        fix = "Name the package that they were trained on: base=DIR."
         if not (base / "config.json").is_file():
-            fix = "Name the package that they were trained on: base=DIR."
             raise Refused("the base of the adapters is not there", where=str(base), fix=fix)
         if provenance.get("base_digest") != package_digest(base):
-            fix = "Name the package that they were trained on: base=DIR."
             raise Refused(f"{directory} was not trained on this base", where=str(base), fix=fix)
         config = LoraConfig(rank=about["r"], alpha=about["lora_alpha"], targets=about["target_modules"])
         return cls(base, config, load_file(directory / ADAPTERS))

@@ -90,13 +90,11 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _check_package(model: Path, report: dict[str, Any], report_path: Path) -> None:
-    adapters = holds_adapters(model)
+    adapters, fix = holds_adapters(model), "Name the model/ of a finished run."
     for file in (ADAPTERS_CONFIG if adapters else "config.json", "tokenizer.json", "slipway.json"):
         if not (model / file).is_file():
-            fix = "Name the model/ of a finished run."
             raise Refused(f"the model package is not whole: {file} is absent", where=str(model), fix=fix)
     if adapters and "base_digest" not in (read_json(model / "slipway.json") or {}):
-        fix = "Name the model/ of a finished run."
         raise Refused("the adapters do not say what base they are for", where=str(model / "slipway.json"), fix=fix)
     if report.get("model_digest") != weights_digest(model):
         fix = "Evaluate this model first."

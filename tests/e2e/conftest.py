@@ -24,8 +24,8 @@ import yaml
 from infra.apply import ApiError, Cluster
 from infra.clouds.local import Places, kind
 from infra.clouds.local.golang import MODULES, build
-from infra.components.envoy import HTTP_PORT
 from infra.live import forward
+from infra.live.endpoint import endpoint as router_of
 from infra.live.pods import state_of
 from tests.e2e.bringing import has_pulumi, pulumi_up
 from tests.e2e.watching import Prometheus
@@ -199,8 +199,9 @@ def archives(kubeconfig: Path, tell: Tell) -> Iterator[Path]:
 def settled(archives: Path, kubeconfig: Path, project: Path, tell: Tell) -> Json:
     """The stack, with its images, up to the ready server; from there on it is `slipway apply`'s."""
     made = bring(project, kubeconfig, tell=tell)
-    # What `pulumi up` made is taken over: an object that is in no inventory would stay when the stack has it no more.
-    slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
+    if has_pulumi():
+        # What that made is taken over: an object that is in no inventory would stay when the stack has it no more.
+        slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
     return made
 
 
@@ -227,7 +228,7 @@ def kubectl(kubeconfig: Path) -> Callable[..., "subprocess.CompletedProcess[str]
 @pytest.fixture
 def endpoint(cluster: Cluster, namespace: str, settled: Json) -> Iterator[str]:
     """URL of the stack's router, as a developer reaches it from a laptop."""
-    with forwarded(cluster, namespace, "router", HTTP_PORT) as url:
+    with router_of(cluster, namespace=namespace) as url:
         yield url
 
 

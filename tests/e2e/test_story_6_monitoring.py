@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infra.apply import Cluster
-from infra.components.envoy import HTTP_PORT
+from infra.live.endpoint import endpoint as router_of
 from tests.e2e.conftest import forwarded, slipway, until, write_stack
 from tests.e2e.load import under_load
 from tests.e2e.watching import Prometheus
@@ -26,7 +26,7 @@ def watched(settled: Json, cluster: Cluster, kubeconfig: Path, project: Path, na
     slipway("apply", "-s", "dev", cwd=project, kubeconfig=kubeconfig)
     with (
         forwarded(cluster, "monitoring", "prometheus-operated", 9090) as url,
-        forwarded(cluster, namespace, "router", HTTP_PORT) as endpoint,
+        router_of(cluster, namespace=namespace) as endpoint,
         under_load(endpoint, model="pylib", clients=2, max_tokens=16),
     ):
         yield Prometheus(url)

@@ -19,10 +19,11 @@ BARE = ("admins.yaml", "coredns.yaml", "storage.yaml")
 """What kind and clouds bring themselves."""
 
 
-def define(cluster: Cluster, options: Sequence[AddOn], *, cache: Path) -> list[Json]:
-    """Bring the kinds that come with a cluster of ours and with `options`; they are known a moment later."""
+def define(cluster: Cluster, options: Sequence[AddOn], *, compiler: Path) -> list[Json]:
+    """Bring the kinds that come with a cluster of ours and with `options`, which the Go `compiler` has the sources of; they are
+    known a moment later."""
     wanted = (MONITORS, *(OPTIONS[name].kinds for name in options))
-    documents = [one for kinds in wanted for one in _definitions(kinds, cache)]
+    documents = [one for kinds in wanted for one in _definitions(kinds, compiler)]
     for document in documents:
         cluster.apply(document)
     return documents
@@ -100,9 +101,9 @@ def _served(cluster: Cluster, path: str) -> set[str]:
         raise
 
 
-def _definitions(kinds: Kinds, cache: Path) -> Iterator[Json]:
+def _definitions(kinds: Kinds, compiler: Path) -> Iterator[Json]:
     """Without the prose that makes them large."""
-    folder = golang.module_folder(kinds.module, tool=kinds.tool, cache=cache)
+    folder = golang.module_folder(kinds.module, tool=kinds.tool, compiler=compiler)
     for pattern in kinds.files:
         for path in sorted(folder.glob(pattern)):
             for document in _documents(path):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from infra.apply.client import ApiError, Cluster
-from infra.clouds.local import addons, archive, debian, golang, kind, machine, options, settings
+from infra.clouds.local import addons, archive, debian, go, golang, kind, machine, options, settings
 from infra.clouds.local.debian import Debian, Say
 from infra.clouds.local.golang import Built
 from infra.clouds.local.options import AddOn
@@ -250,7 +250,7 @@ def _add(how: How, places: Places, cluster: Cluster, *, wanted: _Wanted, say: Sa
         for path in _images(missing, Path(folder)):
             load_image(places, path, say=say)
     say(f"adding {', '.join(('names, volumes, metrics', *wanted.add_ons))}")
-    kinds = addons.define(cluster, wanted.add_ons, cache=places.cache)
+    kinds = addons.define(cluster, wanted.add_ons, compiler=go.program(places.cache, say=say))
     _until(lambda: not addons.unknown(cluster, kinds), "the API server does not take the kinds of add-ons", places)
     addons.install(cluster, everything=how == "node", options=wanted.add_ons)
 

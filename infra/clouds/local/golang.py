@@ -40,49 +40,50 @@ def build(cache: Path, modules: Sequence[str] = MODULES, *, say: Say) -> Built:
     """Have the programs of `modules`, each from the cache or built. Raises `Unable`, `ClusterError`."""
     folders = {module: cache / f"{module}-{_digest(TOOLS / module)}" for module in modules}
     to_build = [module for module, folder in folders.items() if not folder.exists()]
-    if to_build:
-        go.program(cache, say=say)
+    if not to_build:
+        return Built(folders)
+    compiler = go.program(cache, say=say)
     for index, module in enumerate(to_build, start=1):
         say(f"building {module} from its Go modules, {index} of {len(to_build)} (once)")
         started = time.monotonic()
-        _build(module, folders[module])
+        _build(module, folders[module], compiler=compiler)
         say(f"built {module} in {time.monotonic() - started:.0f} s")
     return Built(folders)
 
 
-def module_folder(module: str, *, tool: str, cache: Path) -> Path:
+def module_folder(module: str, *, tool: str, compiler: Path) -> Path:
     """Folder of a module's sources in Go's module cache, of the version that the go.mod of tools/`tool` says."""
-    done = run(_go(cache), "mod", "download", "-json", module, cwd=TOOLS / tool, env=_env())
+    done = run(compiler, "mod", "download", "-json", module, cwd=TOOLS / tool, env=_env())
     if done.returncode:
         raise ClusterError(f"go cannot fetch {module}: {(done.stdout or done.stderr).strip()[-400:]}")
     return Path(json.loads(done.stdout)["Dir"])
 
 
-def _build(module: str, folder: Path) -> None:
+def _build(module: str, folder: Path, *, compiler: Path) -> None:
     with making(folder) as part:
         if part is None:  # another build of the same was first
             return
         sources = TOOLS / module
         if module in less.LESS:
             sources = part / "sources"
-            whole = module_folder(less.LESS[module].module, tool=module, cache=folder.parent)
+            whole = module_folder(less.LESS[module].module, tool=module, compiler=compiler)
             less.make(less.LESS[module], whole, tool=TOOLS / module, folder=sources)
         # Every program that go.mod declares as a tool, where the module is no program itself.
         what = "." if (sources / "main.go").exists() else "tool"
         # Nothing is compiled for a debugger that the linker would only leave out.
         flags = ["-trimpath", "-gcflags=all=-dwarf=false", f"-ldflags=-s -w {FLAGS.get(module, '')}", "-o", f"{part}/"]
         tags = ["-tags", TAGS[module]] if module in TAGS else []
-        _fetch(module, *tags, what, sources=sources, cache=folder.parent)
+        _fetch(module, *tags, what, sources=sources, compiler=compiler)
         environment = _env() | _roomy() | {"GOTMPDIR": str(part)}
-        done = run(*tied(_go(folder.parent), "build", *flags, *tags, what), cwd=sources, env=environment)
+        done = run(*tied(compiler, "build", *flags, *tags, what), cwd=sources, env=environment)
         if done.returncode:
             raise ClusterError(f"go cannot build {module}: {done.stderr.strip()[-800:]}")
         shutil.rmtree(part / "sources", ignore_errors=True)
 
 
-def _fetch(module: str, *words: str, sources: Path, cache: Path) -> None:
+def _fetch(module: str, *words: str, sources: Path, compiler: Path) -> None:
     """Have the modules of all that is to be compiled. Raises `Unable` where they cannot be had."""
-    done = run(*tied(_go(cache), "list", "-deps", *words), cwd=sources, env=_env())
+    done = run(*tied(compiler, "list", "-deps", *words), cwd=sources, env=_env())
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if not line.startswith("go: downloading ")]
         why = said[0] if said else "no reason given"
@@ -102,10 +103,6 @@ def _roomy() -> dict[str, str]:
     # `go build` runs a compiler for each processor; half of the memory is others'.
     each_bytes = min(memory_bytes // 2 // (os.cpu_count() or 1), MOST_OF_COMPILER_BYTES)
     return {"GOGC": "off", "GOMEMLIMIT": str(each_bytes)} if each_bytes >= LEAST_OF_COMPILER_BYTES else {}
-
-
-def _go(cache: Path) -> Path:
-    return go.program(cache, say=lambda _: None)
 
 
 def _digest(folder: Path) -> str:
