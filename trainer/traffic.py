@@ -25,7 +25,7 @@ _BYTES = {
     "unsigned char": 1,
     "bool": 1,
 }
-_BACKENDS = ("gloo:", "nccl:")
+_BACKENDS = ("gloo:", "nccl:", "memory::")
 
 
 class Traffic:

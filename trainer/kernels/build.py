@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_HEADERS, _UNITS = ("products.h", "rows.h", "attention.h"), ("adamw.cpp", "decoder.cpp")
+_HEADERS, _UNITS = ("products.h", "rows.h", "attention.h"), ("adamw.cpp", "decoder.cpp", "meet.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
 _COMPILE_TIMEOUT_S = 120
 _LEVELS = {"x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "x86-64-v3": {"avx2", "fma", "bmi2", "f16c"}}

@@ -2,6 +2,7 @@
 
 `ranks` says who is who and what they tell one another; `apply` lays a model over them, in one readable order, with the
 dimensions in files of their own: `tensor` (matrices), `context` (sequences), `pipeline` (layers), `memory` (recompute).
+`shared` is how ranks of one machine add up.
 """
 
 from trainer.parallel.apply import Laid, lay_out

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,6 +17,7 @@ from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.memory import apply_recompute, inner_block, plain_name
 from trainer.parallel.pipeline import Elsewhere, Pipeline, is_tied, keep_stage, stages_of
 from trainer.parallel.ranks import Ranks
+from trainer.parallel.shared import MOST_BYTES
 from trainer.parallel.tensor import apply_tensor_parallel
 
 
@@ -74,8 +76,19 @@ def _replicate(config: TrainConfig, *, vocab_size: int, ranks: Ranks, labels: in
     if ranks.world == 1:
         return Laid([model], model)
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    run = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    options = {"device_ids": ids, "gradient_as_bucket_view": True, "forward_sync_buffers": False}
+    if ranks.memory is None:
+        return Laid([model], DistributedDataParallel(model, **options))
+    # In one piece, as far as it goes: nothing is under way meanwhile, and to meet takes longer than to add.
+    run = DistributedDataParallel(model, **options, bucket_cap_mb=MOST_BYTES / 2**21 / ranks.world)
+    run.register_comm_hook(ranks, _average)
     return Laid([model], run)
+
+
+def _average(ranks: Ranks, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    averaged: torch.futures.Future[Tensor] = torch.futures.Future()
+    averaged.set_result(ranks.sum(bucket.buffer().div_(ranks.world)))
+    return averaged
 
 
 def _compile(part: Decoder, wanted: bool) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.layout import Layout
+from trainer.parallel.shared import SharedMemory, share_memory
 from trainer.parallel.start import store_of_this_start
 
 
@@ -29,6 +30,8 @@ class Ranks:
     """Gradients stay in their replica, for local SGD to average weights later."""
     launch: int = 0
     """Which of the layout's launches this world is."""
+    memory: SharedMemory | None = None
+    """Of ranks that hold the whole model and are all on one machine, without GPUs."""
 
     @property
     def first(self) -> bool:
@@ -83,6 +86,8 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds a tensor up over all ranks, in place."""
+        if self.memory is not None and self.memory.takes(values):
+            return self.memory.sum(values)
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -124,7 +129,9 @@ def join_ranks(layout: Layout, *, independent_replicas: bool = False, launch: in
 def place(layout: Layout, *, rank: int, device: torch.device, independent_replicas: bool, launch: int = 0) -> Ranks:
     """This rank's place in a layout of the group that it is in."""
     if layout.replicated_only and not independent_replicas:
-        return Ranks(rank=rank, world=layout.world, device=device, layout=layout, launch=launch)
+        alone = layout.world == 1 or device.type == "cuda"
+        memory = None if alone else share_memory(rank=rank, world=layout.world)
+        return Ranks(rank=rank, world=layout.world, device=device, layout=layout, launch=launch, memory=memory)
     shape = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     cp_mesh = None
