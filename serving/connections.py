@@ -6,19 +6,73 @@ Neither reaches the application, so neither can be answered for there.
 
 import asyncio
 import logging
+import re
 from http import HTTPStatus
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from serving.api.errors import ApiError
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 HEAD_LIMIT_BYTES = 64 << 10
 SKIPPED_BYTES = 64 << 10  # so much of a refused request's body is read for nothing, and the connection kept
+HEAD_END = re.compile(rb"\n\r?\n")
+METHOD = re.compile(rb"[A-Z]+( |$)")
 LINGER_S = 1.0  # after a refusal: closing at once, with bytes unread, would take the answer away from the client
 
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's bad bytes are no news of ours
+
+
+class Doorstep(asyncio.Protocol):
+    """A new connection until its first head has come: little more than the bytes, since most of what is hostile ends here.
+
+    Half of what a connection costs is the parser and all that uvicorn keeps beside it: a `Connection` takes over once
+    there is something for it to do, be it to refuse.
+    """
+
+    __slots__ = ("_head", "_timer", "connection", "server_state", "transport")
+
+    def __init__(self, *, server_state: ServerState, **connection: Any) -> None:
+        self.server_state, self.connection = server_state, connection
+        self._head = bytearray()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.server_state.connections.add(self)  # pyright: ignore[reportArgumentType]: what uvicorn does is `shutdown`
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT_S, self._is_late)
+        seen = max(0, len(self._head) - 2)  # where the end may have begun
+        self._head += data
+        whole = HEAD_END.search(self._head, seen) or len(self._head) > HEAD_LIMIT_BYTES
+        if whole or not METHOD.match(self._head):
+            self._enter()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._leave()
+
+    def shutdown(self) -> None:
+        self.transport.close()
+
+    def _is_late(self) -> None:
+        self._enter().head_is_late()
+
+    def _enter(self) -> "Connection":
+        self._leave()
+        connection = Connection(server_state=self.server_state, **self.connection)
+        self.transport.set_protocol(connection)
+        connection.connection_made(self.transport)
+        connection.data_received(bytes(self._head))
+        return connection
+
+    def _leave(self) -> None:
+        self.server_state.connections.discard(self)  # pyright: ignore[reportArgumentType]
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Connection(HttpToolsProtocol):
@@ -37,7 +91,7 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_timer is None:
-                self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+                self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.head_is_late)
         super().data_received(data)
         if self._in_head and self._head_bytes > HEAD_LIMIT_BYTES:
             self._refuse(ApiError(431, f"The headers are larger than {HEAD_LIMIT_BYTES} bytes"))
@@ -72,7 +126,7 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:  # what uvicorn calls when the bytes are no HTTP
         self._refuse(ApiError(400, msg))
 
-    def _head_is_late(self) -> None:
+    def head_is_late(self) -> None:
         self._refuse(ApiError(408, f"The headers did not come within {HEAD_TIMEOUT_S:g} seconds"))
 
     def _refuse(self, error: ApiError) -> None:

@@ -18,7 +18,7 @@ from serving.api.app import create_app
 from serving.api.batches import open_store, runner
 from serving.api.context import Context, Lifecycle
 from serving.auth import Keys
-from serving.connections import Connection
+from serving.connections import Doorstep
 from serving.engine.client import EngineError
 from serving.errors import Refused
 from serving.host import ModelHost
@@ -130,7 +130,7 @@ def _web_server(app: ASGIApp) -> Uvicorn:
     return Uvicorn(
         uvicorn.Config(
             app,
-            http=Connection,
+            http=Doorstep,
             lifespan="off",
             access_log=False,
             log_config=None,
