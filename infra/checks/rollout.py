@@ -8,13 +8,14 @@ from infra.checks.finding import Finding, Patch
 from infra.planner import Plan
 from infra.planner import plan as make_plan
 from infra.spec import Service, Stack
+from infra.spec.serving import EXIT_S, LINGER_S, PRE_STOP_S
 
 START_S = 60
 """What the startup probe and the roll-out's deadline add to twice `load_s`."""
 NOTICE_S = {"aws": 120, "gcp": 30, "azure": 30}
 """Seconds between a spot interruption's notice and the end of the node, by the clouds' documentation."""
-LEAVING_S = 21
-"""preStop and lingering before the drain, and the server's exit after it."""
+LEAVING_S = PRE_STOP_S + LINGER_S + EXIT_S
+"""Of a server's end, beside its drain."""
 WORTH_SAVING_H = 1.0
 """Hours of a gang's work that an interruption may lose before it is said."""
 

@@ -12,16 +12,15 @@ from infra.clouds import Placement
 from infra.components.common import SKIP_AWAIT, Scope, digest, memory_quantity, selector
 from infra.components.model_registry import RegistryAccess
 from infra.components.pods import PodArgs, pod_template
-from infra.components.server import LINGER_S, PRE_STOP_S, Server, cache_claim, ports
+from infra.components.server import Server, cache_claim, ports
 from infra.components.stage import Image
 from infra.spec import Runtime, Service
+from infra.spec.serving import EXIT_S, LINGER_S, PRE_STOP_S
 
 SCRAPED = {"slipway.dev/endpoints": "pods"}
 """Label of the Services by which Prometheus finds each replica once."""
 FOUND_AFTER_S = PRE_STOP_S + 2
 """Until a replica that is ready is sent requests, with a margin."""
-# After the drain: closing sockets, the engine's exit.
-MARGIN_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ class InferenceService(pulumi.ComponentResource):
                     containers=[server.container],
                     init_containers=server.init_containers,
                     volumes=server.volumes,
-                    grace_s=PRE_STOP_S + LINGER_S + service.drain_s + MARGIN_S,
+                    grace_s=PRE_STOP_S + LINGER_S + service.drain_s + EXIT_S,
                     spread=True,
                 ),
             ),

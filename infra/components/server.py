@@ -12,17 +12,12 @@ from infra.components.model_registry import RegistryAccess
 from infra.components.pods import container
 from infra.spec import PodResources, Runtime, Service
 from infra.spec.runtimes import placeholders
-from infra.spec.serving import Adapter
+from infra.spec.serving import LINGER_S, PRE_STOP_S, Adapter
 
 ADMIN_PORT = 9000
 KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT, CACHE_MOUNT = "/keys", "/models", "/runtime", "/cache"
 KEYS_FILE = "keys.json"
 PACKAGE = f"{MODELS_MOUNT}/package"
-PRE_STOP_S = 8
-"""Before SIGTERM: until the router knows a replica that became ready when this one was told to go. A name lives 5 s in the
-cluster's DNS, the router asks each 2 s, and looks whether it is well each second."""
-LINGER_S = 3
-"""After SIGTERM a server that drains says that it is not ready, and answers on until the router has heard of it."""
 # Importing torch and starting CUDA before the port is open, with room for a cold disk.
 START_S = 60
 # Copying a model is waiting for the network.

@@ -20,6 +20,14 @@ from infra.spec.base import (
 from infra.spec.runtimes import OWN, Api
 from infra.spec.training import Dtype, PodResources
 
+PRE_STOP_S = 8
+"""Before SIGTERM: until the router knows a replica that became ready when this one was told to go. A name lives 5 s in the
+cluster's DNS, the router asks each 2 s, and looks whether it is well each second."""
+LINGER_S = 3
+"""After SIGTERM a server that drains says that it is not ready, and answers on until the router has heard of it."""
+EXIT_S = 10
+"""After the drain: closing sockets, the engine's exit."""
+
 
 class Autoscaling(Spec):
     by: Literal["hpa", "keda"] = "hpa"
