@@ -10,6 +10,7 @@ import errno
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Checkpoints:
         copy = DefaultStager(options).stage(training_state(parts, optimizer, self._ranks, **more))
         assert isinstance(copy, dict)
         self._saving_step = progress.step
-        self._saving = self._thread.submit(self._write, copy, progress.as_json(), progress.step, begun_s)
+        self._saving = self._thread.submit(self._write, copy, asdict(progress), progress.step, begun_s)
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises Failed, with nothing of it left behind, when it is not."""
@@ -154,7 +155,7 @@ class Checkpoints:
                 state_dict_loader.load(state, storage_reader=self.storage.reader(step), no_dist=alone)
                 own = state[f"replica-{self._ranks.replica}"] if self._ranks.independent_replicas else state
                 torch.set_rng_state(own["random"])
-                return Progress.from_json(manifest["progress"])
+                return Progress(**manifest["progress"])
             self._log.emit(
                 "damaged_checkpoint",
                 level="warning",

@@ -91,6 +91,9 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str], kn
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise Refused(f"the config is not YAML: {problem}", where=where, fix="Mend that line.") from None
+    except RecursionError:
+        raise Refused("the config is nested too deeply", where=str(path), fix="Write it flatter.") from None
+    _refuse_repeated(tree, path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise Refused("the config is not a mapping of keys", where=str(path), fix="Write lines of the form key: value.")
@@ -104,6 +107,19 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str], kn
         return config_class.model_validate(values)
     except ValidationError as errors:
         raise _explain(errors, config_class, path=path, tree=tree, overrides=overrides) from None
+
+
+def _refuse_repeated(node: Any, path: Path) -> None:
+    """YAML takes the last of two equal keys, and the first would be ignored."""
+    seen: set[str] = set()
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        if isinstance(node, yaml.MappingNode):
+            key, child = child
+            if key.value in seen:
+                where = f"{path}:{key.start_mark.line + 1}"
+                raise Refused(f"'{key.value}' is there twice", where=where, fix="Remove one of them.")
+            seen.add(key.value)
+        _refuse_repeated(child, path)
 
 
 def _lay_over(values: dict[str, Any], key: str, text: str) -> None:

@@ -153,7 +153,9 @@ class RecoverConfig(Config):
     bad_step: Literal["stop", "skip"] = "stop"  # skip: back to the newest checkpoint, and past the batch
     spike_factor: float | None = Field(default=None, gt=1)  # a loss this many times the running mean is bad too
     max_skips: int = Field(default=3, ge=1)
-    hang_timeout_s: float = Field(default=600.0, gt=0)  # without a finished step: dump all stacks and start again
+    hang_timeout_s: float = Field(
+        default=600.0, gt=0, le=1e6
+    )  # without a finished step: dump all stacks and start again
 
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -190,7 +192,7 @@ class TrainConfig(Config):
     steps: int = Field(ge=1)
     optim: OptimConfig
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     document_mask: bool = False  # no document of a window sees the one before it
     parallelism: ParallelConfig = ParallelConfig()
     local_sgd: LocalSgdConfig | None = None

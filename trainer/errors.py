@@ -1,6 +1,7 @@
 """How a program of the trainer ends: its exit codes, and the one line it says when it does not end well."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+_WRONG_PLACES = (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError)
 
 
 class Refused(ValueError):
@@ -66,7 +68,7 @@ def _as_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, Refused):
         return str(error), REFUSED
     if isinstance(error, OSError):
-        refused = isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError) or error.errno == 30
+        refused = isinstance(error, _WRONG_PLACES) or error.errno == errno.EROFS
         fix = (
             "Name a place that exists and that this user can write to." if refused else "Free some space and try again."
         )

@@ -22,7 +22,7 @@ from trainer.log import Log
 from trainer.model import Decoder
 from trainer.ngram import baselines
 from trainer.package import load_package
-from trainer.scoring import complete, token_nats
+from trainer.scoring import Writer, token_nats
 from trainer.shapes import weights_digest
 from trainer.tasks import answers, classification, count_questions, digest_of_tasks, measure
 
@@ -53,14 +53,17 @@ def evaluate(config: EvaluateConfig, *, model: Path, data: Path, out: Path, log:
 
 def _same_tokenizer(model: Path, data: Path) -> None:
     ours, theirs = (directory / "tokenizer.json" for directory in (model, data))
-    if not ours.is_file() or sha256_of_file(ours) != sha256_of_file(theirs):
+    if not ours.is_file():
+        fix = "Put the one there that belongs to the weights."
+        raise Refused("the model package has no tokenizer", where=str(ours), fix=fix)
+    if sha256_of_file(ours) != sha256_of_file(theirs):
         fix = "Evaluate it on the dataset that it was trained on."
         raise Refused("the model and the dataset have different tokenizers", where=str(ours), fix=fix)
 
 
 def _measure(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, *, log: Log) -> dict[str, Any]:
     """By the dataset's task, then the tasks of the config; `baselines` and `accuracy` are always there."""
-    progress = _Progress(log, config, dataset)
+    progress, writer = _Progress(log, config, dataset), Writer(decoder, dataset)
     measures = {"text": _measure_text, "chat": _measure_chats, "classify": _measure_classes}
     report = {"task": dataset.task, "baselines": {}, "accuracy": {}, "intervals": {}, "sample": ""}
     report |= measures[dataset.task](config, decoder, dataset, progress)
@@ -68,9 +71,9 @@ def _measure(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, *, log:
         fix = "Remove tasks from evaluate.yaml."
         raise Refused("a classifier writes no answers", where="tasks", fix=fix)
     for task in config.tasks:
-        report["accuracy"][task.name] = measure(task, decoder, dataset.tokenizer(), progress.tell)
+        report["accuracy"][task.name] = measure(task, writer, progress.tell)
     if dataset.task != "classify":
-        report["sample"] = complete(decoder, dataset.tokenizer(), config.sample)
+        report["sample"] = writer.complete(config.sample.prompt, max_tokens=config.sample.max_tokens)
     progress.end()
     return report
 
@@ -122,6 +125,9 @@ def _measure_chats(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, p
     """Bits for each byte of what the assistant says, its bytes as the dataset has them on average for a token."""
     nats, counts = answers(decoder, dataset, most=config.max_tokens, tell=progress.tell)
     held_out = dataset.manifest["splits"]["heldout"]
+    if not counts.sum():
+        fix = "Hold out more chats, or train with a longer max_context."
+        raise Refused("no held-out answer is within the model's context", where=str(dataset.directory), fix=fix)
     bytes_a_token = held_out["bytes"] / held_out["learnt"]
     bits, of = nats / math.log(2), counts * bytes_a_token
     return {

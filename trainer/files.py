@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_READ_BYTES = 1 << 20
-
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that digests are taken of: sorted keys, no spaces, UTF-8."""
@@ -22,11 +20,8 @@ def digest_of(value: Any) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(directory: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:

@@ -39,22 +39,26 @@ def finish(
     origin: Origin,
     rows: list[dict[str, Any]],
 ) -> None:
-    """Writes plots of the `rows` of the log, and the package of the model in memory or, where ranks share it, of `checkpoint`."""
+    """Writes plots of the `rows` of the log, and the package of the model in memory or, where ranks share it, of `checkpoint`.
+
+    There are no rows where the log was lost and the checkpoints, in a place of their own, were not.
+    """
     from trainer.plot import (  # matplotlib takes a second to load, and a resumed run may never come here
         plot_cost,
         plot_loss,
     )
 
-    title = f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end"
-    plot_loss(rows, run / "loss.png", title=title)
-    plot_cost(rows, run / "cost.png", title="Speed, and where time and memory went")
+    if rows:
+        title = f"Training loss · {config.steps:,} steps · {rows[-1]['loss']:.3f} at the end"
+        plot_loss(rows, run / "loss.png", title=title)
+        plot_cost(rows, run / "cost.png", title="Speed, and where time and memory went")
     model, read = _whole_model(config, dataset, laid, checkpoint, ranks=ranks)
     provenance = {
         **_made_from(config, dataset, origin),
         "source_revision": source_revision(),
         "steps": config.steps,
         "tokens": config.steps * config.global_batch * config.seq,
-        "losses": {"first": rows[0]["loss"], "final": rows[-1]["loss"]},
+        "losses": {"first": rows[0]["loss"], "final": rows[-1]["loss"]} if rows else {},
         "hardware": hardware(),
     }
     more = {"lora": config.lora, "base": origin.package, "read": read}

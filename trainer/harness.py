@@ -4,14 +4,10 @@ import logging
 from importlib import metadata
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from trainer.config import HarnessTask
-from trainer.data import END_OF_TEXT
 from trainer.errors import Refused
 from trainer.intervals import wilson
-from trainer.model import Decoder
-from trainer.scoring import continue_text, judge_continuation
+from trainer.scoring import Writer, judge_continuation
 
 
 def version_of_harness() -> str:
@@ -23,7 +19,7 @@ def version_of_harness() -> str:
         raise Refused("the task is lm-evaluation-harness's, which is not installed", where="tasks", fix=fix) from None
 
 
-def measure_with_harness(task: HarnessTask, decoder: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
+def measure_with_harness(task: HarnessTask, writer: Writer) -> dict[str, Any]:
     """The share that the task's metric says, with its interval. Raises Refused for a task or metric that is not there."""
     version_of_harness()
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -32,7 +28,7 @@ def measure_with_harness(task: HarnessTask, decoder: Decoder, tokenizer: Tokeniz
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
         found: Any = simple_evaluate(
-            _as_model(decoder, tokenizer),
+            _as_model(writer),
             tasks=[task.task],
             task_manager=TaskManager(include_path=task.path, include_defaults=task.path is None),
             num_fewshot=task.few_shot,
@@ -58,7 +54,7 @@ def measure_with_harness(task: HarnessTask, decoder: Decoder, tokenizer: Tokeniz
     return {"value": value, "low": low, "high": high, "count": count}
 
 
-def _as_model(decoder: Decoder, tokenizer: Tokenizer) -> Any:
+def _as_model(writer: Writer) -> Any:
     """The model as the harness speaks to one; its base class is the library's, which may be absent."""
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
@@ -66,19 +62,16 @@ def _as_model(decoder: Decoder, tokenizer: Tokenizer) -> Any:
         make_disjoint_window,
     )
 
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    assert end_of_text is not None
-
     class Asked(TemplateLM):
         @property
         def eot_token_id(self) -> int:
-            return end_of_text
+            return writer.end_of_text
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_more: Any) -> list[int]:
-            return tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
+            return writer.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
 
         def _loglikelihood_tokens(self, requests: list[Any], **_more: Any) -> list[tuple[float, bool]]:
-            judged = (judge_continuation(decoder, prompt, continuation) for _, prompt, continuation in requests)
+            judged = (judge_continuation(writer.model, prompt, continuation) for _, prompt, continuation in requests)
             return [(-nats, likeliest) for nats, likeliest in judged]
 
         def loglikelihood_rolling(self, requests: list[Any], **_more: Any) -> list[float]:
@@ -86,9 +79,9 @@ def _as_model(decoder: Decoder, tokenizer: Tokenizer) -> Any:
 
         def _whole_text(self, text: str) -> float:
             """By the harness's own windows, which share nothing but a token."""
-            size = {"max_seq_len": decoder.config.max_context, "context_len": 1}
+            size = {"max_seq_len": writer.model.config.max_context, "context_len": 1}
             windows = get_rolling_token_windows(self.tok_encode(text), prefix_token=self.eot_token_id, **size)
-            return -sum(judge_continuation(decoder, *make_disjoint_window(window))[0] for window in windows)
+            return -sum(judge_continuation(writer.model, *make_disjoint_window(window))[0] for window in windows)
 
         def generate_until(self, requests: list[Any], **_more: Any) -> list[str]:
             return [self._answer(*request.args) for request in requests]
@@ -99,7 +92,6 @@ def _as_model(decoder: Decoder, tokenizer: Tokenizer) -> Any:
                 raise Refused("the task draws answers at random", where="tasks", fix=fix)
             stops = wishes.get("until") or []
             stops = tuple([stops] if isinstance(stops, str) else stops)
-            most = wishes.get("max_gen_toks", 256)
-            return continue_text(decoder, tokenizer, prompt, max_tokens=most, stops=stops)
+            return writer.go_on(prompt, max_tokens=wishes.get("max_gen_toks", 256), stops=stops)
 
     return Asked()

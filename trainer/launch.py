@@ -22,6 +22,11 @@ _USAGE = "python -m trainer.launch [torchrun's flags] -- --config FILE data=DIR 
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(
+            f"usage: {_USAGE}\n\nThe flags are those of torchrun --help, the words those of python -m trainer --help."
+        )
+        return
     if "--" not in arguments:
         raise Refused(
             "there is no '--' between torchrun's flags and the trainer's", where="command line", fix=f"Usage: {_USAGE}"

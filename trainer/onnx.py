@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.errors import Refused, run_program
+from trainer.errors import Parser, Refused, run_program
 from trainer.log import Log
 from trainer.model import Block, Decoder
 from trainer.package import load_package
 
-_USAGE = "Usage: python -m trainer.onnx MODEL FILE.onnx"
 Cache = list[tuple[Tensor, Tensor]]  # of each layer its keys and values, B × K × positions × W
 
 
@@ -114,11 +113,12 @@ def _of_tokens(model: Decoder) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        raise Refused("name a model package and a file", where="command line", fix=_USAGE)
-    source, target = map(Path, arguments)
-    export_onnx(load_package(source), target)
-    Log().emit("artifact", kind="model", path=str(target))
+    parser = Parser(prog="python -m trainer.onnx")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model package")
+    parser.add_argument("graph", type=Path, metavar="FILE.onnx", help="where the graph goes")
+    options = parser.parse_args(arguments)
+    export_onnx(load_package(options.model), options.graph)
+    Log().emit("artifact", kind="model", path=str(options.graph))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import LoraConfig, ModelConfig, TrainConfig
 from trainer.data import Dataset
+from trainer.data.tokenizer import read_tokenizer
 from trainer.errors import Refused
 from trainer.files import digest_of, read_json, sha256_of_file
 from trainer.lora import add_lora, merged, peft_name
@@ -54,14 +54,14 @@ class Origin:
                 raise Refused("adapters of a model with random weights learn nothing", where="lora", fix=fix)
             return cls(None, {})
         settings = read_settings(package)
-        if settings["vocab_size"] != dataset.vocab_size or not _same_file(package, dataset.directory, "tokenizer.json"):
+        if settings["vocab_size"] != dataset.vocab_size or not _same_tokenizer(package, dataset.directory):
             fix = f"Make the dataset with its tokenizer: python -m trainer.data … base={package}."
             raise Refused("the package and the dataset have different tokenizers", where=str(package), fix=fix)
         return cls(package, {"base_digest": package_digest(package)})
 
 
-def _same_file(one: Path, other: Path, name: str) -> bool:
-    ours, theirs = (Tokenizer.from_file(str(path / name)).to_str() for path in (one, other))
+def _same_tokenizer(one: Path, other: Path) -> bool:
+    ours, theirs = (read_tokenizer(directory / "tokenizer.json").to_str() for directory in (one, other))
     return ours == theirs
 
 

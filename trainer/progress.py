@@ -1,7 +1,7 @@
 """How far a run is: its step, the batches it has left out, and the loss it is used to."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from trainer.data import Batch
 
@@ -27,13 +27,6 @@ class Progress:
         for left_out in self.skipped:
             number += left_out <= number
         return number
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Progress":
-        return cls(**value)
 
 
 class Batches(Protocol):

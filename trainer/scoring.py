@@ -1,12 +1,12 @@
 """What a model thinks of tokens: how surprised it is by each, and how it would go on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
-from trainer.config import SampleConfig
-from trainer.data import END_OF_TEXT
+from trainer.data import Dataset
 from trainer.log import Log
 from trainer.model import Decoder
 
@@ -42,7 +42,7 @@ def token_nats(model: Decoder, tokens: np.ndarray, *, log: Log | None = None) ->
 def judge_continuation(model: Decoder, prompt: list[int], continuation: list[int]) -> tuple[float, bool]:
     """-ln p of the whole continuation given the prompt, and whether each of its tokens is the likeliest.
 
-    Of the prompt as much is seen as the context has room for.
+    Of the prompt, which holds a token or more, as much is seen as the context has room for.
     """
     ids = torch.tensor([*prompt, *continuation][-(model.config.max_context + 1) :])
     count = min(len(continuation), len(ids) - 1)
@@ -51,30 +51,36 @@ def judge_continuation(model: Decoder, prompt: list[int], continuation: list[int
     return float(nats), bool((logits_LV.argmax(-1) == wanted_L).all())
 
 
-def continue_text(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, stops: tuple[str, ...] = ()
-) -> str:
-    """The likeliest continuation alone, up to the end of text, the first of `stops`, or `max_tokens`."""
-    prompt_ids = tokenizer.encode(prompt).ids
-    text = tokenizer.decode(_go_on(model, tokenizer, prompt_ids, max_tokens, stops)[len(prompt_ids) :])
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+class Writer:
+    """A model that writes, in the words of the dataset that it was trained on."""
 
+    def __init__(self, model: Decoder, dataset: Dataset) -> None:
+        self.model, self.tokenizer, self.end_of_text = model, dataset.tokenizer(), dataset.end_of_text
+        self._ends = dataset.ends
 
-def complete(model: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> str:
-    """The prompt with its likeliest continuation."""
-    return tokenizer.decode(_go_on(model, tokenizer, tokenizer.encode(config.prompt).ids, config.max_tokens, ()))
+    def read(self, prompt: str) -> list[int]:
+        """The tokens of a prompt; of none at all the one that comes before every text."""
+        return self.tokenizer.encode(prompt).ids or [self.end_of_text]
 
+    def go_on(self, prompt: str, *, max_tokens: int, stops: Sequence[str] = ()) -> str:
+        """The likeliest continuation alone, up to an end, the first of `stops`, or `max_tokens`."""
+        text = self.tokenizer.decode(self._likeliest(self.read(prompt), max_tokens, stops))
+        return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
-@torch.inference_mode()
-def _go_on(
-    model: Decoder, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, stops: tuple[str, ...]
-) -> list[int]:
-    ids = list(prompt)
-    for _ in range(max_tokens if prompt else 0):
-        context = torch.tensor([ids[-model.config.max_context :]])
-        ids.append(int(model(context)[0, -1].argmax()))
-        if tokenizer.id_to_token(ids[-1]) == END_OF_TEXT:
-            return ids[:-1]
-        if stops and any(stop in tokenizer.decode(ids[len(prompt) :]) for stop in stops):
-            break
-    return ids
+    def complete(self, prompt: str, *, max_tokens: int) -> str:
+        """The prompt with its likeliest continuation."""
+        ids = self.read(prompt)
+        return self.tokenizer.decode([*ids, *self._likeliest(ids, max_tokens, ())])
+
+    @torch.inference_mode()
+    def _likeliest(self, prompt: list[int], max_tokens: int, stops: Sequence[str]) -> list[int]:
+        written: list[int] = []
+        for _ in range(max_tokens):
+            context = torch.tensor([[*prompt, *written][-self.model.config.max_context :]])
+            token = int(self.model(context)[0, -1].argmax())
+            if token in self._ends:
+                break
+            written.append(token)
+            if stops and any(stop in self.tokenizer.decode(written) for stop in stops):
+                break
+        return written

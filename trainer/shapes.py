@@ -21,11 +21,22 @@ def read_settings(directory: Path) -> dict[str, Any]:
     found = settings.get("model_type", "unknown")
     if found not in FAMILIES:
         raise Refused(f"the model is of type '{found}', not {', '.join(FAMILIES)}", where=str(directory), fix=FIX)
+    if not isinstance(settings.get("vocab_size"), int):
+        raise Refused("config.json has no vocab_size", where=str(directory), fix=FIX)
     return settings
 
 
 def shape_of(settings: dict[str, Any], *, where: str) -> dict[str, Any]:
     """The values of ModelConfig that `config.json` says. Raises Refused for what this model does not compute."""
+    try:
+        return _shape(settings, where=where)
+    except KeyError as missing:
+        raise Refused(f"config.json has no {missing.args[0]}", where=where, fix=FIX) from None
+    except (AttributeError, TypeError) as error:
+        raise Refused(f"config.json cannot be read: {error}", where=where, fix=FIX) from None
+
+
+def _shape(settings: dict[str, Any], *, where: str) -> dict[str, Any]:
     rope = settings.get("rope_parameters") or {**settings, **(settings.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     odd = {
@@ -67,13 +78,15 @@ def holds_adapters(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> list[str]:
-    index = read_json(directory / "model.safetensors.index.json")
-    names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+    index, fix = read_json(directory / "model.safetensors.index.json"), "Export or download it again."
+    try:
+        names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError):
+        raise Refused("model.safetensors.index.json is damaged", where=str(directory), fix=fix) from None
     if holds_adapters(directory):
         names = [ADAPTERS]
     for name in names:
         if not (directory / name).is_file():
-            fix = "Export or download it again."
             raise Refused(f"the model package cannot be read: {name} is absent", where=str(directory), fix=fix)
     return names
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 
+from trainer.errors import Refused
 from trainer.files import put_in_place, write_json
 from trainer.stores import answering, is_local, open_store
 
-_PREFIX, _MANIFEST, _READ_BYTES = "step-", "manifest.json", 1 << 20
+_PREFIX, _MANIFEST = "step-", "manifest.json"
 _NAME = re.compile(r"step-(\d+)|\.step-(\d+)\.partial")
 
 
@@ -91,11 +92,13 @@ class Storage:
     """Checkpoints by their steps, under a URL or a path."""
 
     def __init__(self, url: str) -> None:
-        """Raises Refused for a URL that fsspec cannot open, Failed for a store that does not answer."""
+        """Raises Refused for a file or a URL that fsspec cannot open, Failed for a store that does not answer."""
         self._fs: Any
         self._fs, root = open_store(url, what="store of checkpoints", key="checkpoints=")
         self._local = is_local(self._fs)
         self._root = root if self._local else url.rstrip("/")
+        if self._local and self._fs.isfile(root):
+            raise Refused("checkpoints lie in a directory, and this is a file", where=url, fix="Name another place.")
         with answering(url, what="store of checkpoints"):
             self.steps()
 
@@ -185,12 +188,8 @@ class Storage:
         return next((name for name, entry in files.items() if not self._whole(f"{self.url(step)}/{name}", entry)), None)
 
     def _whole(self, path: str, entry: dict[str, Any]) -> bool:
-        digest, size = hashlib.sha256(), 0
         try:
             with self._fs.open(path, "rb") as file:
-                while block := file.read(_READ_BYTES):
-                    digest.update(block)
-                    size += len(block)
+                return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
         except FileNotFoundError:
             return False
-        return (digest.hexdigest(), size) == (entry["sha256"], entry["bytes"])

@@ -8,7 +8,6 @@ import fsspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from trainer.config import ExactMatchTask, HarnessTask, MultipleChoiceTask
 from trainer.data import Dataset
@@ -17,7 +16,7 @@ from trainer.files import digest_of
 from trainer.harness import measure_with_harness, version_of_harness
 from trainer.intervals import wilson
 from trainer.model import Decoder
-from trainer.scoring import continue_text, judge_continuation
+from trainer.scoring import Writer, judge_continuation
 from trainer.stores import answering
 
 _FORMS = {
@@ -34,7 +33,10 @@ def read_rows(task: Task) -> list[dict[str, Any]]:
     try:
         with answering(task.path, what="file of questions"), fsspec.open(task.path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):  # pyright: ignore[reportArgumentType] - opened as text
+                if not line.strip():
+                    continue
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
                 if not _answerable(row, task):
                     raise Refused("the line is no question", where=f"{task.path}:{number}", fix=fix)
                 rows.append(row)
@@ -42,9 +44,9 @@ def read_rows(task: Task) -> list[dict[str, Any]]:
                     break
     except FileNotFoundError:
         raise Refused(f"the questions of {task.name} are absent", where=task.path, fix="Mend tasks.path.") from None
-    except ValueError as error:
-        if isinstance(error, Refused):
-            raise
+    except Refused:
+        raise
+    except (ValueError, RecursionError) as error:
         raise Refused(f"the questions cannot be read: {error}", where=task.path, fix=fix) from None
     if not rows:
         raise Refused("there are no questions", where=task.path, fix=fix)
@@ -72,18 +74,19 @@ def count_questions(task: Task | HarnessTask) -> int:
     return 1 if isinstance(task, HarnessTask) else len(read_rows(task))
 
 
-def measure(task: Task | HarnessTask, model: Decoder, tokenizer: Tokenizer, tell: Callable[[], None]) -> dict[str, Any]:
+def measure(task: Task | HarnessTask, writer: Writer, tell: Callable[[], None]) -> dict[str, Any]:
     """Accuracy with its interval; `tell` is called after each of `count_questions`."""
     if isinstance(task, HarnessTask):
-        found = measure_with_harness(task, model, tokenizer)
+        found = measure_with_harness(task, writer)
         tell()
         return found
     rows, right = read_rows(task), 0
     for row in rows:
         if isinstance(task, MultipleChoiceTask):
-            right += _chosen(model, tokenizer, row) == row["answer"]
-        else:
-            right += _answered(model, tokenizer, row, task) == row["answer"].strip()
+            right += _chosen(writer, row) == row["answer"]
+        else:  # the first line of the likeliest answer
+            written = writer.go_on(row["question"], max_tokens=task.max_tokens, stops=("\n",))
+            right += written.strip() == row["answer"].strip()
         tell()
     return accuracy(right, len(rows))
 
@@ -93,22 +96,16 @@ def accuracy(right: int, count: int) -> dict[str, Any]:
     return {"value": right / count, "low": low, "high": high, "count": count}
 
 
-def _chosen(model: Decoder, tokenizer: Tokenizer, row: dict[str, Any]) -> int:
+def _chosen(writer: Writer, row: dict[str, Any]) -> int:
     """The choice that is likeliest a byte, so that a long one is not at a loss (as `acc_norm` of lm-evaluation-harness)."""
-    prompt = tokenizer.encode(row["question"]).ids
+    prompt = writer.read(row["question"])
 
     def nats_a_byte(choice: str) -> float:
-        ids = tokenizer.encode(choice, add_special_tokens=False).ids
-        return judge_continuation(model, prompt, ids)[0] / len(choice.encode())
+        ids = writer.tokenizer.encode(choice, add_special_tokens=False).ids
+        return judge_continuation(writer.model, prompt, ids)[0] / len(choice.encode())
 
     scores = [nats_a_byte(choice) for choice in row["choices"]]
     return scores.index(min(scores))
-
-
-def _answered(model: Decoder, tokenizer: Tokenizer, row: dict[str, Any], task: ExactMatchTask) -> str:
-    """The first line of the likeliest answer."""
-    answer = continue_text(model, tokenizer, row["question"], max_tokens=task.max_tokens, stops=("\n",))
-    return answer.strip()
 
 
 def classification(model: Decoder, dataset: Dataset, tell: Callable[[], None]) -> tuple[dict[str, Any], float]:

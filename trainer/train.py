@@ -4,12 +4,14 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.alone import alone_with
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
@@ -55,8 +57,8 @@ def train(
     Raises Refused for a config, dataset or run directory that cannot work, Failed for a loss that is not finite or a
     disk that is full, Interrupted when `stop` was received and the state is on disk.
     """
-    begun_s = time.monotonic()
-    log = Log(rank=int(os.environ.get("RANK", "0")))
+    begun_s, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
+    log = Log(rank=rank)
     layout = layout_of(config, world=int(os.environ.get("WORLD_SIZE", "1")))  # refused before any rank is waited for
     dataset = Dataset.open(data)
     fit_dataset(config, vocab_size=dataset.vocab_size)
@@ -70,7 +72,8 @@ def train(
             log.emit("hung", level="warning", message=f"an earlier start hung, and {path} says where")
         if not torch.cuda.is_available() and (reason := why_not()):
             log.emit("slow_kernels", level="warning", message=f"torch alone computes: {reason}")
-        with Watchdog(run, rank=int(os.environ.get("RANK", "0")), timeout_s=config.recover.hang_timeout_s) as watchdog:
+        alone = nullcontext() if rank else alone_with(run, stop=stop, log=log)
+        with alone, Watchdog(run, rank=rank, timeout_s=config.recover.hang_timeout_s) as watchdog:
             parts = {"origin": origin, "storage": storage, "stop": stop, "log": log, "watchdog": watchdog}
             _train_together(config, dataset, run, layout, on_step=on_step, **parts)
     if (run / "loss.png").exists():

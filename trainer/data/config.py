@@ -53,12 +53,23 @@ class TextTask(Config):
     kind: Literal["text"]
     field: str = "text"
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,)
+
 
 class ChatTask(Config):
-    """Rows of `[{"role", "content"}, …]`; only what the assistant says is to be learnt."""
+    """Rows of `[{"role", "content"}, …]`; only what the assistant says is to be learnt.
+
+    What a row has in `tools` (descriptions of functions, or their JSON) the template is told.
+    """
 
     kind: Literal["chat"]
     field: str = "messages"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,)
 
 
 class ClassifyTask(Config):
@@ -68,6 +79,10 @@ class ClassifyTask(Config):
     text: str = "text"
     label: str = "label"
     labels: tuple[str, ...] = Field(min_length=2)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.text, self.label
 
 
 Task = Annotated[TextTask | ChatTask | ClassifyTask, Field(discriminator="kind")]

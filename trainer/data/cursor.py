@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,13 +61,14 @@ class Cursor:
     def of(cls, dataset: Dataset, *, seq: int, global_batch: int, seed: int, document_mask: bool = False) -> "Cursor":
         """Over the training split of a dataset, with the weights of its sources."""
         windows: list[Windows] = []
-        for number in range(len(dataset.weights)):
+        for number, source in enumerate(dataset.manifest["sources"]):
+            size: dict[str, Any] = {"seq": seq, "source": source["name"]}
             if dataset.task == "text":
                 end = dataset.end_of_text if document_mask else None
-                windows.append(StreamWindows(dataset.tokens("train", source=number), seq=seq, end_of_text=end))
+                windows.append(StreamWindows(dataset.tokens("train", source=number), end_of_text=end, **size))
             else:
                 examples = dataset.examples("train", source=number)
-                windows.append(PackedExamples(examples, seq=seq, keep_end=dataset.task == "classify"))
+                windows.append(PackedExamples(examples, keep_end=dataset.task == "classify", **size))
         return cls(list(zip(windows, dataset.weights, strict=True)), global_batch=global_batch, seed=seed)
 
     def samples(self, step: int) -> list[tuple[int, int]]:

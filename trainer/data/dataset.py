@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from trainer.errors import Refused
 from trainer.files import read_json, sha256_of_file
 
+_NEEDED = {"data_digest", "dtype", "end_of_text", "files", "labels", "sources", "splits", "task", "vocab_size"}
+
 
 class TokenStream:
     """The values of several files as one long array."""
@@ -65,8 +67,9 @@ class Dataset:
         fix = "Make it with python -m trainer.data."
         if manifest is None or "splits" not in manifest:
             raise Refused("there is no dataset", where=str(directory), fix=fix)
-        if "sources" not in manifest:
-            raise Refused("the dataset is of an older form", where=str(directory), fix=fix)
+        if missing := _NEEDED - manifest.keys():
+            what = f"the dataset is of an older form: its manifest has no {min(missing)}"
+            raise Refused(what, where=str(directory), fix=fix)
         for name, entry in manifest["files"].items():
             path = directory / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -101,6 +104,13 @@ class Dataset:
     def weights(self) -> list[float]:
         """How often each source is drawn from, relative to the others."""
         return [source["weight"] for source in self.manifest["sources"]]
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens at which a writer stops: the end of text and those that the package or the template has besides."""
+        said = (read_json(self.directory / "generation_config.json") or {}).get("eos_token_id") or []
+        more = [*(said if isinstance(said, list) else [said]), self.manifest.get("end_of_turn")]
+        return {self.end_of_text, *(end for end in more if end is not None)}
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(self.directory / "tokenizer.json"))

@@ -22,7 +22,7 @@ from trainer.errors import Refused
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 27
 NOTHING = -100  # what cross-entropy leaves out
-_BATCH_ROWS = 64
+_BATCH_ROWS, _BATCH_CHARACTERS = 64, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def encode_part(job: Job, report: Callable[[int], None] = lambda _bytes: None) -
     """Writes the shards of a part into `job.out`; `report` hears the bytes of text of each batch."""
     job.out.mkdir(parents=True)
     speller = Speller(job)
-    reader = Reader(job.source)
+    reader = Reader(job.source, job.task.fields)
     writers = {name: ShardWriter(job.out, name, dtype=np.dtype(job.dtype)) for name in SPLITS}
     for rows in batched_rows(reader, job.part):
         sides = part_rows(rows, task=job.task, share=job.held_out, seed=job.seed, cut_each=job.cut_each)
@@ -72,12 +72,15 @@ def encode_in_process(job: Job) -> Done:
 
 
 def batched_rows(reader: Reader, part: Part) -> Iterator[list[Row]]:
+    """Some rows at a time, fewer where they are long."""
     rows: list[Row] = []
+    characters = 0
     for row in reader.rows(part):
         rows.append(row)
-        if len(rows) == _BATCH_ROWS:
+        characters += sum(len(value) for value in row.fields.values() if isinstance(value, str))
+        if len(rows) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield rows
-            rows = []
+            rows, characters = [], 0
     if rows:
         yield rows
 
@@ -153,7 +156,10 @@ class Speller:
 
     def _chats(self, rows: list[Row], task: ChatTask) -> Iterator[Example]:
         assert self._template is not None
-        chats = [self._template.with_answers(_field(row, task.field, list), where=row.name) for row in rows]
+        chats = [
+            self._template.with_answers(_field(row, task.field, list), tools=row.fields.get("tools"), where=row.name)
+            for row in rows
+        ]
         encodings = self._tokenizer.encode_batch([text for text, _ in chats], add_special_tokens=False)
         for (text, answers), encoding in zip(chats, encodings, strict=True):
             tokens, starts = np.array(encoding.ids), np.array([start for start, _ in encoding.offsets])

@@ -31,7 +31,7 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None =
     Raises Refused for a corpus that it cannot use.
     """
     begun_s = time.monotonic()
-    readers = [Reader(part.source) for part in config.parts]
+    readers = [Reader(part.source, config.task.fields) for part in config.parts]
     wanted = {"config": config.model_dump(mode="json"), "corpus": [r.version for r in readers], "format": _FORMAT}
     if base is not None:
         wanted["tokenizer"] = sha256_of_file(base / "tokenizer.json") if (base / "tokenizer.json").is_file() else None
@@ -99,6 +99,9 @@ class _Making:
         if self._base is None:
             return trained_vocabulary(self._texts(), vocab_size=self._config.vocab_size, chat=chat)
         vocabulary = vocabulary_of(self._base)
+        if "vocab_size" in self._config.model_fields_set and self._config.vocab_size != vocabulary.size:
+            what = f"vocab_size {self._config.vocab_size} is not the package's {vocabulary.size}"
+            raise Refused(what, where=str(self._base), fix="Leave vocab_size out: it comes with the package.")
         if chat and vocabulary.chat_template is None:
             fix = "Put a chat_template.jinja beside it."
             raise Refused("the package has no chat template", where=str(self._base), fix=fix)
@@ -126,7 +129,7 @@ class _Making:
             if isinstance(task, ChatTask):
                 messages = row.fields.get(task.field)
                 check_chat(messages, where=row.name)
-                yield "\n".join(message["content"] for message in messages or [])
+                yield "\n".join(message["content"] or "" for message in messages or [])
             else:
                 yield str(row.fields.get(task.field if isinstance(task, TextTask) else task.text) or "")
 

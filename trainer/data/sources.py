@@ -6,9 +6,10 @@ a source is cut depends on its files alone, so that the dataset is the same howe
 
 import json
 import posixpath
+import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import fsspec
 
 from trainer.data.config import DatasetsSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+from trainer.data.packed import damaged, open_packed, packing_errors
 from trainer.errors import Refused
 from trainer.stores import answering, open_store
 
 PART_BYTES = 64 << 20
 _PLAIN = (".jsonl", ".json", ".ndjson")  # anything else may be compressed, and cannot be entered in the middle
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Not the library's own code: what was installed, what tests it, and what a program wrote (code pages, help texts, the
 # build's variables), which would teach a model tables instead of Python.
 _STDLIB_LEFT_OUT = {
@@ -53,9 +56,13 @@ class Part:
 
 @dataclass
 class Reader:
-    """The rows of one source, by parts. `skipped` counts files that are not UTF-8 (of the standard library only)."""
+    """The rows of one source, by parts. `skipped` counts files that are not UTF-8 (of the standard library only).
+
+    Of columns only those in `fields` and `tools` are read; all where there are no `fields`, or not all of them.
+    """
 
     source: Source
+    fields: tuple[str, ...] = ()
     skipped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +84,11 @@ class Reader:
         return f"python {sys.version.split()[0]}" if isinstance(self.source, StdlibSource) else ""
 
     def parts(self) -> list[Part]:
-        """Raises Refused when the source has no files."""
+        """Raises Refused when the source has no files, or files that are not what it says."""
+        with answering(self.where, what="corpus"):
+            return self._parts()
+
+    def _parts(self) -> list[Part]:
         source = self.source
         if isinstance(source, StdlibSource):
             return _grouped([(name, (Path(self._root) / name).stat().st_size) for name in _stdlib(Path(self._root))])
@@ -117,18 +128,15 @@ class Reader:
 
     def _json_rows(self, part: Part) -> Iterator[Row]:
         path = posixpath.join(self._root, part.files[0])
-        with self._filesystem.open(path, "rb", compression=None if part.stop is not None else "infer") as file:
-            at = part.start
-            if at:  # the line under way belongs to the part before; one that begins just here does not
-                file.seek(at - 1)
-                at += len(file.readline()) - 1
-            while part.stop is None or at < part.stop:
-                line: bytes = file.readline()  # pyright: ignore[reportAssignmentType] - the file was opened in "rb"
-                if not line:
-                    return
-                if line.strip():
-                    yield Row(f"{part.files[0]}@{at}", _parse(line, where=f"{path}, byte {at}"))
-                at += len(line)
+        try:
+            with (
+                open_packed(self._filesystem, path) if part.stop is None else self._filesystem.open(path, "rb") as file
+            ):
+                for at, line in _lines(file, part):
+                    if line.strip():
+                        yield Row(f"{part.files[0]}@{at}", _parse(line, where=f"{path}, byte {at}"))
+        except (*packing_errors(), OSError) as error:
+            raise damaged(path, error) from None
 
     def _arrow_rows(self, part: Part) -> Iterator[Row]:
         pyarrow = import_pyarrow()
@@ -139,14 +147,26 @@ class Reader:
                     import pyarrow.parquet as parquet
 
                     opened = parquet.ParquetFile(file)
-                    tables = (opened.read_row_group(group) for group in range(part.start, part.stop or 0))
+                    columns = self._read(opened.schema_arrow.names)
+                    groups = range(part.start, part.stop or 0)
+                    tables = (opened.read_row_group(group, columns=columns) for group in groups)
                 else:
-                    tables = pyarrow.ipc.open_stream(file)
+                    opened = pyarrow.ipc.open_stream(file)
+                    columns = self._read(opened.schema.names)
+                    tables = (batch.select(columns) for batch in opened)
                 for number, table in enumerate(tables, start=part.start):
                     for row, fields in enumerate(table.to_pylist()):
-                        yield Row(f"{part.files[0]}@{number}:{row}", fields)
-            except pyarrow.ArrowException as error:
-                raise _damaged(path, error) from None
+                        plain = {name: _without_nulls(value) for name, value in fields.items()}
+                        yield Row(f"{part.files[0]}@{number}:{row}", plain)
+            except Refused:
+                raise
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: of odd dates
+                raise damaged(path, error) from None
+
+    def _read(self, names: Sequence[str]) -> list[str]:
+        """The columns to read; where one is missing all, so that they are named."""
+        enough = self.fields and set(self.fields) <= set(names)
+        return [name for name in names if not enough or name in self.fields or name == "tools"]
 
     def _row_groups(self, name: str) -> Iterator[Part]:
         pyarrow = import_pyarrow()
@@ -157,7 +177,7 @@ class Reader:
             try:
                 about = parquet.ParquetFile(file).metadata
             except pyarrow.ArrowException as error:
-                raise _damaged(path, error) from None
+                raise damaged(path, error) from None
         start = size = 0
         for group in range(about.num_row_groups):
             size += about.row_group(group).total_byte_size
@@ -167,13 +187,21 @@ class Reader:
 
     def _arrow_files(self) -> list[tuple[str, int]]:
         state, several = (posixpath.join(self._root, name) for name in ("state.json", "dataset_dict.json"))
-        if self._filesystem.exists(several):
-            splits = json.loads(self._filesystem.cat_file(several))["splits"]
-            fix = f"Add the split to source.path: {', '.join(splits)}."
-            raise Refused("these are several splits, not one", where=self.where, fix=fix)
-        if not self._filesystem.exists(state):
-            raise Refused("there is no state.json", where=self.where, fix="Name what datasets' save_to_disk wrote.")
-        names = [entry["filename"] for entry in json.loads(self._filesystem.cat_file(state))["_data_files"]]
+        fix = "Name what datasets' save_to_disk wrote."
+        try:
+            if self._filesystem.exists(several):
+                splits = ", ".join(json.loads(self._filesystem.cat_file(several))["splits"])
+                fix = f"Add the split to source.path: {splits}."
+                raise Refused("these are several splits, not one", where=self.where, fix=fix)
+            if not self._filesystem.exists(state):
+                raise Refused("there is no state.json", where=self.where, fix=fix)
+            about = json.loads(self._filesystem.cat_file(state))
+            names = [entry["filename"] for entry in about["_data_files"]]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise Refused("state.json or dataset_dict.json is damaged", where=self.where, fix=fix) from None
+        if about.get("_indices_data_files"):
+            fix = "Save it again: load_from_disk(…).flatten_indices().save_to_disk(…)."
+            raise Refused("the rows are a choice by indices, which older datasets wrote", where=self.where, fix=fix)
         return [(name, int(self._filesystem.size(posixpath.join(self._root, name)) or 0)) for name in names]
 
     def _matching(self, pattern: str) -> list[tuple[str, int]]:
@@ -227,18 +255,39 @@ def _ranges(name: str, size: int) -> Iterator[Part]:
         yield Part((name,), start, stop, stop - start)
 
 
+def _lines(file: Any, part: Part) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin within a part, each with where it begins."""
+    at = part.start
+    if at:  # the line under way belongs to the part before; one that begins just here does not
+        file.seek(at - 1)
+        at += len(file.readline()) - 1
+    while part.stop is None or at < part.stop:
+        line = file.readline()
+        if not line:
+            return
+        yield at, line
+        at += len(line)
+
+
 def _parse(line: bytes, *, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one too
+        if _SURROGATE.search(line):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no text
+    except (ValueError, RecursionError) as error:  # UnicodeError is one too
         raise Refused(f"the line is not JSON: {error}", where=where, fix="Mend or remove it.") from None
     if not isinstance(value, dict):
         raise Refused("the line is no JSON object", where=where, fix='Write lines like {"text": "…"}.')
     return value
 
 
-def _damaged(path: str, error: Exception) -> Refused:
-    return Refused(f"cannot be read: {str(error).splitlines()[0]}", where=path, fix="Write the file again.")
+def _without_nulls(value: Any) -> Any:
+    """What rows were before Arrow gave each the fields of all: `{"tool_calls": None}` is a message that calls nothing."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None or name == "content"}
+    return value
 
 
 def _stdlib(root: Path) -> list[str]:

@@ -85,24 +85,48 @@ def vocabulary_of(package: Path) -> Vocabulary:
     if settings is None or not (package / "tokenizer.json").is_file():
         fix = "Name a directory with config.json and tokenizer.json, as Hugging Face has them."
         raise Refused("there is no model package", where=str(package), fix=fix)
-    about = about or {}
-    tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
+    about, where = about or {}, str(package / "config.json")
+    tokenizer = read_tokenizer(package / "tokenizer.json")
+    size, most = settings.get("vocab_size"), max(tokenizer.get_vocab().values(), default=-1)
+    if not isinstance(size, int) or size <= most:
+        fix = "Put the tokenizer there that belongs to the weights."
+        raise Refused(f"vocab_size {size} has no room for token {most} of tokenizer.json", where=where, fix=fix)
     ends = settings.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) else ends
+    end = next(iter(ends), None) if isinstance(ends, list) else ends
     if not isinstance(end, int) or tokenizer.id_to_token(end) is None:
         fix = "Set eos_token_id in its config.json to the token that ends a text."
-        raise Refused("the package has no end of text", where=str(package / "config.json"), fix=fix)
-    template = package / "chat_template.jinja"
+        raise Refused("the package has no end of text", where=where, fix=fix)
     files = {name: (package / name).read_bytes() for name in TOKENIZER_FILES if (package / name).is_file()}
     return Vocabulary(
         tokenizer,
-        int(settings["vocab_size"]),
+        size,
         end,
         _content(about.get("bos_token")) or "",
         _content(about.get("eos_token")) or str(tokenizer.id_to_token(end)),
-        template.read_text(encoding="utf-8") if template.is_file() else about.get("chat_template"),
+        _template(package, about),
         files,
     )
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Raises Refused for a file that is absent or holds no tokenizer."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        fix = "Put the tokenizer.json there that belongs to the weights."
+        raise Refused(f"cannot be read: {error}", where=str(path), fix=fix) from None
+
+
+def _template(package: Path, about: dict[str, Any]) -> str | None:
+    """The chat template, in a file of its own or in tokenizer_config.json: as text, or the one named `default`."""
+    path, inside = package / "chat_template.jinja", about.get("chat_template")
+    if not path.is_file():
+        named = {each["name"]: each["template"] for each in inside} if isinstance(inside, list) else {"default": inside}
+        return named.get("default")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise Refused("the chat template is not UTF-8", where=str(path), fix="Save it as UTF-8.") from None
 
 
 def _content(token: Any) -> str | None:

@@ -63,12 +63,15 @@ class StreamWindows:
     `end_of_text` the documents of a window are told apart by it.
     """
 
-    def __init__(self, stream: TokenStream, *, seq: int, end_of_text: int | None = None) -> None:
+    def __init__(
+        self, stream: TokenStream, *, seq: int, end_of_text: int | None = None, source: str = "source"
+    ) -> None:
         self._stream, self._seq, self._end = stream, seq, end_of_text
         self._windows = (len(stream) - seq) // seq  # one is lost to the offset
         if self._windows < 1:
             fix = f"Give it more text, or set seq to at most {max((len(stream) - 1) // 2, 2)}."
-            raise Refused(f"{len(stream)} training tokens are too few for seq {seq}", where="seq", fix=fix)
+            what = f"the {len(stream)} training tokens of {source} are too few for seq {seq}"
+            raise Refused(what, where="seq", fix=fix)
 
     def __len__(self) -> int:
         return self._windows
@@ -93,7 +96,7 @@ class PackedExamples:
     to learn then is left out: `cut` and `left_out` count them.
     """
 
-    def __init__(self, examples: Examples, *, seq: int, keep_end: bool) -> None:
+    def __init__(self, examples: Examples, *, seq: int, keep_end: bool, source: str = "source") -> None:
         self._examples, self._seq = examples, seq
         lengths = examples.lengths()
         self._starts = np.maximum(lengths - seq, 0) if keep_end else np.zeros_like(lengths)
@@ -102,7 +105,8 @@ class PackedExamples:
         self.cut, self.left_out = int((lengths > seq).sum()), int((~useful).sum())
         self._rows = pack(self._lengths, np.flatnonzero(useful), room=seq)
         if not self._rows:
-            raise Refused(f"no example has anything to learn within seq {seq}", where="seq", fix="Raise seq.")
+            what = f"no example of {source} has anything to learn within seq {seq}"
+            raise Refused(what, where="seq", fix="Raise seq.")
 
     def _has_target(self, number: int) -> bool:
         _, targets = self._examples.read(number, int(self._starts[number]), int(self._lengths[number]))

@@ -35,6 +35,8 @@ def test_an_unknown_key_inside_a_tagged_union_knows_the_keys_of_its_kind(tmp_pat
     [
         ("model: [", "not YAML"),
         ("- 1", "not a mapping"),
+        ("seq: 1\nmodel:\n  layers: 1\n  layers: 2", r"'layers' is there twice \(.*train.yaml:4\)"),
+        ("x: " + "[" * 600, "nested too deeply"),
         ("", "'model' is missing"),
         ("\xff", "not UTF-8"),
     ],
@@ -63,6 +65,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"steps": "many"}, "'steps'.*valid integer"),
         ({"optim.lrr": "1"}, r"command line: optim.lrr\). Did you mean 'lr'"),
         ({"seq.x": "1"}, "'seq' holds no keys"),
+        ({"seed": "-1"}, "'seed'.*greater than or equal to 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_what_does(train_yaml, override, said):

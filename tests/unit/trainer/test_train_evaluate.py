@@ -1,6 +1,7 @@
 """A report says how well a model does and how sure that is; the gate goes by it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from trainer.export import export_package
 from trainer.intervals import ratio_of_sums, wilson
 from trainer.model import Decoder
 from trainer.publish import judge
-from trainer.scoring import judge_continuation, token_nats
+from trainer.scoring import Writer, judge_continuation, token_nats
 from trainer.shapes import weights_digest
 
 
@@ -111,6 +112,49 @@ def test_questions_are_measured_with_intervals_and_told_to_the_gate(dataset, tmp
     (tmp_path / "exact.jsonl").write_text('{"question": 1}\n')
     with pytest.raises(Refused, match=r"no question \(.*exact.jsonl:1\)"):
         evaluate(config, **places, log=QUIET)
+
+
+@pytest.mark.parametrize("line", ['{"question": "\\ud800", "answer": "x"}', '{"question": ' + "[" * 100_000])
+def test_questions_that_are_no_text_are_refused(dataset, tmp_path, line):
+    package_of(Dataset.open(dataset), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    task = {"kind": "exact_match", "name": "rows", "path": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(Refused, match="the questions cannot be read"):
+        evaluate(
+            EvaluateConfig.model_validate({"tasks": [task]}),
+            model=tmp_path / "model",
+            data=dataset,
+            out=tmp_path / "out",
+            log=QUIET,
+        )
+
+
+def test_an_empty_question_is_answered_from_the_end_of_the_text_before(dataset, tmp_path):
+    opened = Dataset.open(dataset)
+    model = package_of(opened, tmp_path / "model")
+    ids = opened.tokenizer().encode("def").ids
+    writer = Writer(model, opened)
+    assert judge_continuation(model, writer.read(""), ids) == judge_continuation(model, [opened.end_of_text], ids)
+    assert writer.read("def") == ids
+
+
+def test_a_writer_stops_at_every_end_that_its_package_has(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    opened = Dataset.open(tmp_path / "data")
+    model = package_of(opened, tmp_path / "model")
+    context = torch.tensor([opened.tokenizer().encode("def").ids])
+    likeliest = int(model(context)[0, -1].argmax())
+    assert Writer(model, opened).complete("def", max_tokens=1) != "def"
+    (tmp_path / "data" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, likeliest]}))
+    assert Writer(model, opened).complete("def", max_tokens=9) == "def"
+    assert Writer(model, opened).go_on("def", max_tokens=9) == ""
+
+
+def test_a_package_without_a_tokenizer_is_refused(dataset, tmp_path):
+    package_of(Dataset.open(dataset), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match="the model package has no tokenizer"):
+        evaluate(EvaluateConfig(), model=tmp_path / "model", data=dataset, out=tmp_path / "out", log=QUIET)
 
 
 def test_chats_are_judged_by_their_answers(tmp_path):

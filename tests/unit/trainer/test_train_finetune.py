@@ -1,6 +1,7 @@
 """Packages of Transformers load, tune and go back with the same numbers; adapters and classifiers open in its libraries."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from test_train_sources import CHATS, QUIET, config_of, write_rows
 
 from trainer.command import read_train_command
 from trainer.config import EvaluateConfig, PublishConfig, TrainConfig
-from trainer.data import Dataset, make_dataset
+from trainer.data import DataConfig, Dataset, make_dataset
 from trainer.errors import Refused, StopSignal
 from trainer.evaluate import evaluate
 from trainer.export import export_package
@@ -120,6 +121,9 @@ def test_a_shard_is_read_written_and_let_go_before_the_next(chats, tmp_path):
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"attention_bias": True}, "attention biases"),
         ({"model_type": "gpt2"}, "type 'gpt2', not llama, mistral, qwen2, qwen3"),
+        ({"vocab_size": None}, "no vocab_size"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "config.json has no factor"),
+        ({"rope_parameters": "x"}, "config.json cannot be read"),
     ],
 )
 def test_what_the_trainer_would_compute_otherwise_is_refused(chats, tmp_path, change, said):
@@ -301,6 +305,47 @@ def test_the_shape_comes_with_the_package_and_another_is_refused(chats, tmp_path
     path.write_text(path.read_text() + "model: {layers: 1}\n")
     with pytest.raises(Refused, match=r"'model' is not what base= says .*train.yaml:6"):
         read_train_command(words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "said"),
+    [
+        ({"vocab_size": 100}, {}, "vocab_size 100 has no room for token 299 of tokenizer.json"),
+        ({"eos_token_id": []}, {}, "no end of text"),
+        ({}, {"tokenizer.json": "{}"}, "cannot be read: .*tokenizer.json"),
+        ({}, {"chat_template.jinja": b"\xff".decode("latin1")}, "not UTF-8"),
+        ({}, {"chat_template.jinja": None}, "no chat template"),
+    ],
+)
+def test_a_package_whose_words_cannot_be_used_makes_no_dataset(chats, tmp_path, settings, files, said):
+    package = their_package("Llama", tmp_path / "theirs", chats)
+    shutil.copyfile(chats.directory / "chat_template.jinja", package / "chat_template.jinja")
+    said_before = json.loads((package / "config.json").read_text())
+    (package / "config.json").write_text(json.dumps(said_before | settings))
+    for name, content in files.items():
+        if content is None:
+            (package / name).unlink()
+        else:
+            (package / name).write_bytes(content.encode("latin1"))
+    source = write_rows(tmp_path / "rows", "jsonl", [{"messages": chat} for chat in CHATS])
+    config = DataConfig.model_validate({"source": source, "held_out": 0.2, "task": {"kind": "chat"}})
+    with pytest.raises(Refused, match=said):
+        make_dataset(config, tmp_path / "out", log=QUIET, base=package)
+
+
+def test_a_vocabulary_of_its_own_beside_a_package_is_refused(chats, tmp_path):
+    package = their_package("Llama", tmp_path / "theirs", chats)
+    source = write_rows(tmp_path / "rows", "jsonl", [{"text": "x" * 200}])
+    config = DataConfig.model_validate({"source": source, "vocab_size": 400})
+    with pytest.raises(Refused, match=r"vocab_size 400 is not the package's 300.*Leave vocab_size out"):
+        make_dataset(config, tmp_path / "out", log=QUIET, base=package)
+
+
+def test_a_damaged_index_is_refused(chats, tmp_path):
+    package = their_package("Llama", tmp_path / "theirs", chats)
+    (package / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(Refused, match=r"index\.json is damaged"):
+        load_package(package)
 
 
 def test_a_package_with_other_tokens_and_adapters_of_nothing_are_refused(chats, dataset, train_yaml, tmp_path):

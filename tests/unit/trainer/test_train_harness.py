@@ -14,7 +14,7 @@ from trainer.export import export_package
 from trainer.harness import measure_with_harness
 from trainer.log import Log
 from trainer.model import Decoder
-from trainer.scoring import continue_text, judge_continuation
+from trainer.scoring import Writer, judge_continuation
 
 CHOICES = [" return x", " import", " def"]
 
@@ -41,13 +41,13 @@ def tasks(dataset, model, tmp_path, monkeypatch) -> Path:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    tokenizer, rows = Dataset.open(dataset).tokenizer(), []
+    writer, rows = Writer(model, Dataset.open(dataset)), []
     for number in range(8):
         question = f"def f{number}(x):\n   "
-        ids = [tokenizer.encode(question + choice).ids for choice in CHOICES]
-        prompt = tokenizer.encode(question.rstrip()).ids
+        ids = [writer.tokenizer.encode(question + choice).ids for choice in CHOICES]
+        prompt = writer.tokenizer.encode(question.rstrip()).ids
         nats = [judge_continuation(model, prompt, each[len(prompt) :])[0] for each in ids]
-        written = continue_text(model, tokenizer, question, max_tokens=5, stops=("\n",))
+        written = writer.go_on(question, max_tokens=5, stops=("\n",))
         rows.append(
             {
                 "question": question,
@@ -74,23 +74,23 @@ def tasks(dataset, model, tmp_path, monkeypatch) -> Path:
 
 
 def test_the_harness_counts_what_the_model_finds_likeliest(tasks, dataset, model):
-    tokenizer = Dataset.open(dataset).tokenizer()
-    found = measure_with_harness(task_of(path=str(tasks)), model, tokenizer)
+    writer = Writer(model, Dataset.open(dataset))
+    found = measure_with_harness(task_of(path=str(tasks)), writer)
     assert (found["value"], found["count"]) == (6 / 8, 8)
     assert found["low"] < 6 / 8 < found["high"]
     written = task_of(path=str(tasks), task="written", metric="exact_match")
-    assert measure_with_harness(written, model, tokenizer)["value"] == 4 / 8
-    assert measure_with_harness(task_of(path=str(tasks), max_rows=3), model, tokenizer)["count"] == 3
+    assert measure_with_harness(written, writer)["value"] == 4 / 8
+    assert measure_with_harness(task_of(path=str(tasks), max_rows=3), writer)["count"] == 3
 
 
 def test_a_task_or_metric_that_is_not_there_is_refused(tasks, dataset, model):
-    tokenizer = Dataset.open(dataset).tokenizer()
+    writer = Writer(model, Dataset.open(dataset))
     with pytest.raises(Refused, match=r"no share of right answers 'f1'.*one of: acc"):
-        measure_with_harness(task_of(path=str(tasks), metric="f1"), model, tokenizer)
+        measure_with_harness(task_of(path=str(tasks), metric="f1"), writer)
     with pytest.raises(Refused, match="none, this task has no share"):
-        measure_with_harness(task_of(path=str(tasks), task="rolled", metric="bits_per_byte"), model, tokenizer)
+        measure_with_harness(task_of(path=str(tasks), task="rolled", metric="bits_per_byte"), writer)
     with pytest.raises(Refused, match="cannot run nowhere"):
-        measure_with_harness(task_of(path=str(tasks), task="nowhere"), model, tokenizer)
+        measure_with_harness(task_of(path=str(tasks), task="nowhere"), writer)
 
 
 def test_the_report_has_what_the_harness_found(tasks, dataset, model, tmp_path):
@@ -111,4 +111,4 @@ def test_without_the_library_its_tasks_are_refused(monkeypatch, dataset, model):
 
     monkeypatch.setattr(metadata, "version", absent)
     with pytest.raises(Refused, match=r"not installed \(tasks\)\. Install it: pip install lm_eval"):
-        measure_with_harness(task_of(), model, Dataset.open(dataset).tokenizer())
+        measure_with_harness(task_of(), Writer(model, Dataset.open(dataset)))

@@ -1,11 +1,13 @@
 """A run ends with the same bits however often it was disturbed, and says clearly why when it cannot go on."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from programs_of_trainer import TRAIN, program_environment, run_program
 from replicas_of_trainer import fork
 from safetensors.torch import load_file
 
-from trainer import meeting
+from trainer import alone, meeting
 from trainer.config import TrainConfig
 from trainer.errors import Failed, Interrupted, Refused, StopSignal
 from trainer.errors import run_program as run_as_program
@@ -155,6 +157,49 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_part_of_it(dataset, tmp_p
     with pytest.raises(Failed, match="step 4 could not be written: No space left on device"):
         train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_run_whose_log_was_lost_is_finished_from_its_checkpoints(undisturbed, dataset, tmp_path):
+    places = {"data": dataset, "run": tmp_path / "new", "checkpoints": str(tmp_path / "checkpoints")}
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    train(config_of(), **places, stop=StopSignal())
+    assert same_weights(places["run"], undisturbed)
+    assert json.loads((places["run"] / "model" / "slipway.json").read_text())["losses"] == {}
+
+
+def test_a_run_that_another_process_trains_is_waited_for_and_left_alone(undisturbed, dataset, tmp_path, monkeypatch):
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(Interrupted, match="stopped while another process"):
+        train(config_of(), data=dataset, run=tmp_path, stop=StopAfter(1))
+    monkeypatch.setattr(alone, "PATIENCE_S", 0.0)
+    with pytest.raises(Failed, match="another process is training this run"):
+        train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    ending = threading.Timer(0.3, os.close, [other])
+    ending.start()
+    train(config_of(), data=dataset, run=tmp_path, stop=StopSignal())
+    ending.join()
+    assert same_weights(tmp_path, undisturbed)
+
+
+def test_a_run_or_checkpoints_in_the_place_of_a_file_are_refused(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"data": dataset, "run": tmp_path / "file"}
+    with pytest.raises(SystemExit) as ended:
+        run_as_program(lambda _words: train(config_of(), **places, stop=StopSignal()))
+    assert ended.value.code == 2
+    assert (
+        f"({tmp_path / 'file'}). Name a place that exists and that this user can write to." in capsys.readouterr().err
+    )
+    with pytest.raises(Refused, match="checkpoints lie in a directory, and this is a file"):
+        Storage(str(tmp_path / "file"))
+
+
+def test_the_launcher_says_how_it_is_used(capsys):
+    launcher(["--help"])
+    assert "usage: python -m trainer.launch [torchrun's flags] -- --config FILE" in capsys.readouterr().out
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused_in_one_line(dataset, train_yaml, tmp_path):

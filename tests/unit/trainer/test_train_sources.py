@@ -1,7 +1,9 @@
 """Rows come out of every kind of file once, however it is cut; mixtures keep their weights; examples stay whole."""
 
+import bz2
 import gzip
 import json
+import lzma
 from collections import Counter
 
 import numpy as np
@@ -88,6 +90,8 @@ def test_processes_give_the_same_dataset_as_one(tmp_path, monkeypatch):
         ('{"body": "x"}', "no field 'text'.*Name one of its fields in task: body"),
         ("nonsense", r"not JSON.*\(.*rows.jsonl, byte 0\)"),
         ("[1]", "no JSON object"),
+        ('{"text": "\\ud800"}', "not JSON: 'utf-8' codec can't encode.*surrogates"),
+        ('{"text": ' + "[" * 100_000, "not JSON: maximum recursion depth"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_with_its_place(tmp_path, line, said):
@@ -95,6 +99,50 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_place(tmp_path, line, sai
     with pytest.raises(Refused, match=said):
         make_dataset(config_of({"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}), tmp_path / "out", log=QUIET)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_packed_files_are_read_whole_and_damaged_ones_are_refused(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is an optional library")
+    half = len(TEXTS) // 2
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    frames = [zstandard.compress(b"".join(some)) for some in (lines[:half], lines[half:])]
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"".join(frames))
+    reader = Reader(config_of({"kind": "jsonl", "path": str(tmp_path / "rows.jsonl.zst")}).parts[0].source)
+    assert [row.fields["text"] for part in reader.parts() for row in reader.rows(part)] == TEXTS
+    packed = b"".join(lines)
+    damaged = {"gz": gzip.compress(packed), "bz2": bz2.compress(packed), "xz": lzma.compress(packed), "zst": frames[0]}
+    for ending, content in damaged.items():
+        path = tmp_path / f"damaged.jsonl.{ending}"
+        for bad in (content[:-9], content[:40] + bytes(9) + content[49:], packed):
+            path.write_bytes(bad)
+            reader = Reader(config_of({"kind": "jsonl", "path": str(path)}).parts[0].source)
+            with pytest.raises(Refused, match=rf"cannot be read.*\({path}\)"):
+                list(reader.rows(reader.parts()[0]))
+
+
+def test_columns_that_no_task_names_are_not_read(tmp_path):
+    rows = pa.Table.from_pylist([{"text": text} for text in TEXTS])
+    no_date = pa.array([10**9] * len(TEXTS), pa.int32()).cast(pa.date32())  # after the last that Python knows
+    pq.write_table(rows.append_column("at", no_date), tmp_path / "rows.parquet")
+    source = config_of({"kind": "parquet", "path": str(tmp_path)}).parts[0].source
+    reader = Reader(source, ("text",))
+    assert [row.fields for part in reader.parts() for row in reader.rows(part)] == rows.to_pylist()
+    with pytest.raises(Refused, match=r"cannot be read: days=.*rows.parquet"):
+        list(Reader(source, ("text", "label")).rows(reader.parts()[0]))
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("{}", "damaged"),
+        ("{", "damaged"),
+        ('{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}', "flatten_indices"),
+    ],
+)
+def test_what_is_no_whole_split_is_refused(tmp_path, state, said):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(Refused, match=said):
+        Reader(config_of({"kind": "datasets", "path": str(tmp_path)}).parts[0].source).parts()
 
 
 def test_configs_that_contradict_themselves_are_refused_with_their_line(tmp_path):
@@ -149,6 +197,11 @@ def test_the_weights_hold_in_every_block_and_no_window_comes_twice_in_an_epoch(m
         own = [window for drawn_from, window in drawn if drawn_from == source]
         for at in range(0, len(own) - windows, windows):
             assert len(set(own[at : at + windows])) == windows
+
+
+def test_a_source_that_is_shorter_than_a_sequence_is_named(mixed):
+    with pytest.raises(Refused, match=r"training tokens of many are too few for seq 100000"):
+        Cursor.of(mixed, seq=100_000, global_batch=4, seed=1)
 
 
 def test_a_masked_window_numbers_its_documents(mixed):
@@ -233,6 +286,43 @@ def test_chats_are_tokenised_and_masked_as_transformers_does(chats, tmp_path):
     assert not by_tokens
     ours = ChatTemplate(marked, bos="", eos="")
     assert ours.render(CHATS[0]) == theirs.apply_chat_template(CHATS[0], chat_template=marked, tokenize=False)
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{% if 'tool_calls' in m %}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "a < b & 'c' é", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])  # Arrow gives every message the fields of all, as nulls
+def test_tools_and_their_calls_are_told_as_transformers_does(chats, tmp_path, kind):
+    from transformers import PreTrainedTokenizerFast
+
+    chat = [
+        {"role": "user", "content": "What is 1 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "1 < 2"}}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    told = [{"messages": chat, "tools": json.dumps(TOOLS) if kind == "parquet" else TOOLS} for _ in range(6)]
+    source = config_of(write_rows(tmp_path / "rows", kind, told), task={"kind": "chat"}).parts[0].source
+    reader = Reader(source, ("messages",))
+    rows = [row for part in reader.parts() for row in reader.rows(part)]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(chats.directory / "tokenizer.json"))
+    want = theirs.apply_chat_template(chat, tools=TOOLS, chat_template=TOOLS_TEMPLATE, tokenize=False)
+    ours = ChatTemplate(TOOLS_TEMPLATE, bos="", eos="")
+    for row in rows:
+        text, answers = ours.with_answers(row.fields["messages"], tools=row.fields["tools"], where=row.name)
+        assert text == want
+        assert [text[begin:end] for begin, end in answers] == ['{"name": "add", "arguments": "1 < 2"}', "It is 3."]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{{ range(10 ** 9) }}"])
+def test_a_template_that_fails_is_told_with_the_row(template):
+    with pytest.raises(Refused, match=r"the chat template refuses a chat: .*\(row 7\)"):
+        ChatTemplate(template, bos="", eos="").with_answers(CHATS[0], where="row 7")
 
 
 def test_a_thought_that_a_template_drops_later_is_not_learnt_there():
