@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from serving.errors import Refused
+from serving.reach import Reach
 
 TIMEOUT_S = 0.25  # of Redis: a prompt is computed sooner than that
 RETRY_S = 10.0
@@ -20,6 +21,11 @@ EXPIRE_S = 24 * 3600
 
 class BlockStore(Protocol):
     shared: bool  # with other replicas: blocks are stored as soon as they are full, since others may want them now
+
+    @property
+    def failures(self) -> int:
+        """How often it did not answer."""
+        ...
 
     def put(self, key: bytes, content: bytes) -> None: ...
 
@@ -31,7 +37,7 @@ class BlockStore(Protocol):
 class MemoryStore:
     """The latest used blocks, up to `limit_bytes` of them."""
 
-    shared = False
+    shared, failures = False, 0
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._used_bytes = limit_bytes, 0
@@ -76,10 +82,15 @@ class RedisStore:
             self._redis = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
         except ValueError as error:
             raise Refused(str(error), where=f"--kv-spill {url}", fix="Give redis://HOST:PORT/DB") from None
-        self._error = redis.RedisError
+        self._errors = (redis.RedisError, OSError)
+        self._reach = Reach("kv_spill")
         self._away_until_s = 0.0
         self._outgoing: queue.Queue[tuple[bytes, bytes]] = queue.Queue(QUEUED_BLOCKS)
         threading.Thread(target=self._send, daemon=True).start()
+
+    @property
+    def failures(self) -> int:
+        return self._reach.failures
 
     def put(self, key: bytes, content: bytes) -> None:
         """Hands the block to a thread: a step never waits for it, and a slow Redis costs blocks, not time."""
@@ -93,9 +104,10 @@ class RedisStore:
             return []
         try:
             contents = self._redis.mget([*keys])
-        except self._error:
-            self._away_until_s = time.monotonic() + RETRY_S
+        except self._errors as error:
+            self._failed(error)
             return []
+        self._reach.answered()
         found = []
         for content in contents if isinstance(contents, list) else ():
             if content is None:
@@ -113,10 +125,15 @@ class RedisStore:
             try:
                 if time.monotonic() >= self._away_until_s:
                     self._redis.set(key, content, ex=EXPIRE_S, nx=True)
-            except self._error:
-                self._away_until_s = time.monotonic() + RETRY_S
+                    self._reach.answered()
+            except self._errors as error:
+                self._failed(error)
             finally:
                 self._outgoing.task_done()
+
+    def _failed(self, error: Exception) -> None:
+        self._away_until_s = time.monotonic() + RETRY_S
+        self._reach.failed(error)
 
 
 def open_store(where: str) -> BlockStore:

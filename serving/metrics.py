@@ -1,16 +1,15 @@
 """Prometheus metrics, in the names of docs/contracts.md. One registry a server, so that tests can have many."""
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.engine.client import EngineProcess
 from serving.engine.messages import Counters
 from serving.pressure import MemoryWatch
+from serving.sessions import Sessions
 
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
@@ -30,9 +29,7 @@ class Metrics:
             return Counter(f"slipway_serve_{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"slipway_serve_{name}", text, bounds)
-            self.registry.register(made)
-            return made
+            return Histogram(f"slipway_serve_{name}", text, buckets=bounds, registry=self.registry)
 
         self.waiting = gauge("requests_waiting", "Sequences that wait for their first token")
         self.running = gauge("requests_running", "Sequences in the batch")
@@ -59,7 +56,7 @@ class Metrics:
         for stage in LOAD_STAGES:
             self.load.labels(stage)
 
-    def render(self, *, engines: list[EngineProcess], ready: bool, memory: MemoryWatch) -> bytes:
+    def render(self, *, engines: list[EngineProcess], ready: bool, memory: MemoryWatch, sessions: Sessions) -> bytes:
         """The text of `/metrics`. Sequences are counted over all engines: one that is swapped out still works."""
         in_flight = sum(engine.in_flight for engine in engines)
         running = min(in_flight, sum(engine.running for engine in engines))
@@ -73,32 +70,17 @@ class Metrics:
         memory.look()
         self.free_bytes.set(memory.free_bytes)
         self.ready.set(ready)
+        self.engine.session_failures = sessions.failures
         self.engine.current = [engine.counters for engine in engines]
         return generate_latest(self.registry)
 
 
-class Histogram(Collector):
-    """prometheus_client's, without its locks: every token is observed, and all of it on the one event loop."""
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
-        self._name, self._text, self._bounds = name, text, bounds
-        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
-
-
 class EngineCounters(Collector):
-    """What the engines count themselves. One that has been swapped out leaves its sums behind: a counter never falls."""
+    """What the engines and the sessions count themselves. An engine that has been swapped out leaves its sums behind."""
 
     def __init__(self) -> None:
         self.current: list[Counters] = []
+        self.session_failures = 0
         self._retired = Counters()
 
     def retire(self, engine: EngineProcess) -> None:
@@ -120,6 +102,12 @@ class EngineCounters(Collector):
             ("output_tokens", "Tokens made", total.output_tokens),
         ):
             yield CounterMetricFamily(f"slipway_serve_{name}", text, value=value)
+        stores = CounterMetricFamily(
+            "slipway_serve_store_failures", "How often a store did not answer", labels=["store"]
+        )
+        stores.add_metric(["sessions"], self.session_failures)
+        stores.add_metric(["kv_spill"], total.spill_failures)
+        yield stores
 
 
 def _sum(counters: list[Counters]) -> Counters:

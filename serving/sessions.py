@@ -11,6 +11,7 @@ import time
 from typing import Any, Protocol
 
 from serving.errors import Refused
+from serving.reach import Reach
 
 SESSION_TTL_S = 14 * 24 * 3600
 MAX_CONVERSATIONS = 100
@@ -24,6 +25,11 @@ class StoreError(RuntimeError):
 class Store(Protocol):
     """Hashes by key, each forgotten when it was not written for so long."""
 
+    @property
+    def failures(self) -> int:
+        """How often it did not answer."""
+        ...
+
     async def all(self, key: str) -> dict[str, str]: ...
     async def put(self, key: str, name: str, value: str) -> None: ...
     async def drop(self, key: str, name: str | None = None) -> None: ...
@@ -31,6 +37,8 @@ class Store(Protocol):
 
 
 class MemoryStore:
+    failures = 0
+
     def __init__(self) -> None:
         self._hashes: dict[str, tuple[float, dict[str, str]]] = {}  # key → (when it ends, fields); last written last
 
@@ -70,7 +78,12 @@ class RedisStore:
         except ValueError as error:
             fix = "Give redis://HOST:PORT/DB, rediss:// for TLS"
             raise Refused(f"the address is malformed: {error}", where="--session-store", fix=fix) from None
-        self._error = redis.RedisError
+        self._errors = (redis.RedisError, OSError)
+        self._reach = Reach("sessions")
+
+    @property
+    def failures(self) -> int:
+        return self._reach.failures
 
     async def all(self, key: str) -> dict[str, str]:
         return await self._try(self._redis.hgetall(key))
@@ -89,9 +102,12 @@ class RedisStore:
 
     async def _try(self, work: Any) -> Any:
         try:
-            return await work
-        except (self._error, OSError) as error:
+            found = await work
+        except self._errors as error:
+            self._reach.failed(error)
             raise StoreError(f"the session store cannot be reached: {error}") from None
+        self._reach.answered()
+        return found
 
 
 class Sessions:
@@ -103,6 +119,10 @@ class Sessions:
     @classmethod
     def at(cls, url: str | None) -> "Sessions":
         return cls(RedisStore(url) if url else MemoryStore())
+
+    @property
+    def failures(self) -> int:
+        return self._store.failures
 
     async def open(self, user: str) -> str:
         """A new session, and its cookie's value."""

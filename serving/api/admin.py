@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from serving.api.app import is_ready
+from serving.api.app import is_ready, metrics_text
 from serving.api.context import Context
 from serving.api.errors import ApiError
 from serving.errors import Refused
@@ -94,7 +94,6 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        text = host.metrics.render(engines=host.engines, ready=is_ready(context), memory=context.memory)
-        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(metrics_text(context), media_type=CONTENT_TYPE_LATEST)
 
     return app

@@ -71,6 +71,13 @@ def is_ready(context: Context) -> bool:
     return context.host.current is not None and not context.lifecycle.leaving
 
 
+def metrics_text(context: Context) -> bytes:
+    host = context.host
+    return host.metrics.render(
+        engines=host.engines, ready=is_ready(context), memory=context.memory, sessions=context.sessions
+    )
+
+
 def _add_probes(app: FastAPI, context: Context) -> None:
     host = context.host
 
@@ -89,8 +96,7 @@ def _add_probes(app: FastAPI, context: Context) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=documented(401))
     async def metrics() -> PlainTextResponse:
-        text = host.metrics.render(engines=host.engines, ready=is_ready(context), memory=context.memory)
-        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(metrics_text(context), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, context: Context) -> None:

@@ -6,6 +6,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serving.api.gate import COOKIE, is_open
+
 REFERENCE = "#/components/schemas/{model}"
 
 
@@ -30,9 +32,21 @@ def install(app: FastAPI, bodies: list[type[BaseModel]], *, secured: bool) -> No
             _, definitions = models_json_schema([(kind, "validation") for kind in bodies], ref_template=REFERENCE)
             document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             if secured:
-                document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                document["security"] = [{"key": []}]
+                _secure(document)
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = openapi
+
+
+def _secure(document: dict[str, Any]) -> None:
+    """A key opens every route, and so does the chat page's session; a history has an owner, who is logged in."""
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"},
+        "session": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+    }
+    document["security"] = [{"key": []}, {"session": []}]
+    for path, operations in document["paths"].items():
+        if is_open(path):
+            for operation in operations.values():
+                operation["security"] = [{"session": []}] if path.startswith("/web/conversations") else []

@@ -18,7 +18,7 @@ from serving.sessions import StoreError
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 PROBES = ("/health/live", "/health/ready")
 # The chat page is what one logs in with: its files hold nothing, and its session routes look at the session themselves.
-OPEN = (*PROBES, "/", "/web/")
+OPEN = (*PROBES, "/")
 COOKIE = "slipway_session"
 TIMEOUT_HEADER = "x-request-timeout-s"
 
@@ -65,10 +65,9 @@ class Gate:
         if self.context.lifecycle.draining and path != "/metrics":
             raise ApiError(503, "The server is shutting down; try again", code="draining", retry_after_s=1)
         deadline_s = _deadline_s(headers)
-        is_open = path in OPEN or path.startswith("/web/")
-        if not is_open and scope["method"] == "POST" and self.context.memory.look():
+        if not is_open(path) and scope["method"] == "POST" and self.context.memory.look():
             raise ApiError(503, "The server is short of memory; try again later", code="overloaded", retry_after_s=5)
-        if self.context.keys is None or is_open:
+        if self.context.keys is None or is_open(path):
             return Caller(request_id, trace, deadline_s=deadline_s)
         key = await self._key(headers)
         if key is None:
@@ -90,6 +89,11 @@ class Gate:
         except StoreError as error:
             raise ApiError(503, f"Try again: {error}", code="sessions_unavailable", retry_after_s=2) from None
         return self.context.keys.named(user) if user else None
+
+
+def is_open(path: str) -> bool:
+    """Whether a route asks for no key."""
+    return path in OPEN or path.startswith("/web/")
 
 
 def session_token(headers: Mapping[str, str]) -> str:

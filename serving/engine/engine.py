@@ -96,9 +96,11 @@ class Engine:
     @property
     def counters(self) -> Counters:
         s = self.scheduler
+        spill = s.blocks.spill
         return Counters(
             s.prefix_hit_tokens, s.prefix_miss_tokens, s.preemptions, self._aborts,
             self.adapters.loads, self.adapters.evictions, self._output_tokens,
+            0 if spill is None else spill.store.failures,
         )  # fmt: skip
 
     def warm_up(self) -> None:

@@ -125,6 +125,7 @@ class Counters(NamedTuple):
     adapter_loads: int = 0
     adapter_evictions: int = 0
     output_tokens: int = 0
+    spill_failures: int = 0  # of a store of blocks that other replicas share
 
 
 class Step(NamedTuple):

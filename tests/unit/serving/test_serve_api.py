@@ -122,6 +122,41 @@ def test_stop_strings_cut_streams_and_wholes_alike(client: openai.OpenAI) -> Non
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
 
 
+def test_the_best_are_chosen_with_their_logprobs(client: openai.OpenAI) -> None:
+    """Of four candidates the two that are likeliest by the token, best first: the same that all four would show."""
+
+    def choices(n: int, best_of: int | None) -> list[tuple[str, list[float]]]:
+        made = client.completions.create(
+            model="tiny", prompt="x", n=n, best_of=best_of, logprobs=1, seed=3, max_tokens=9,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert made.usage is not None
+        assert made.usage.completion_tokens == 4 * 9
+        assert [choice.index for choice in made.choices] == list(range(n))
+        found = [(choice.text, (choice.logprobs and choice.logprobs.token_logprobs) or []) for choice in made.choices]
+        assert all(len(logprobs) == 9 for _, logprobs in found)
+        return found
+
+    assert choices(2, 4) == sorted(choices(4, None), key=lambda choice: -sum(choice[1]))[:2]
+
+
+def test_stop_strings_across_tokens_end_each_of_several_streams_at_its_own(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "prompt": ["x", "def"], "n": 3, "seed": 5, "max_tokens": 40}
+    ask |= {"extra_body": {"ignore_eos": True}}
+    free = [choice.text for choice in client.completions.create(**ask).choices]
+    stop = [free[0][9:12], free[4][20:23]]
+    expected = [text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))] for text in free]
+    assert expected[0] != free[0] != expected[1]
+    whole = client.completions.create(**ask, stop=stop)
+    texts, reasons = [""] * 6, [""] * 6
+    for chunk in client.completions.create(**ask, stop=stop, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+        reasons[chunk.choices[0].index] += chunk.choices[0].finish_reason or ""
+    assert texts == [choice.text for choice in whole.choices] == expected
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert reasons == ["length" if cut == text else "stop" for cut, text in zip(expected, free, strict=True)]
+
+
 def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     ask = {"messages": HELLO, "max_completion_tokens": 20, "logprobs": True, "top_logprobs": 3, "n": 2, **GREEDY}
     whole = client.chat.completions.create(**ask)

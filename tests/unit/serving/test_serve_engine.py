@@ -86,6 +86,18 @@ def test_a_cached_prefix_changes_nothing_but_the_work(tiny: Path, alone: list[st
     assert e.generate([longest] * 5, GREEDY) == [expected] * 5
 
 
+def test_penalties_count_what_was_cached_preempted_or_guessed(tiny: Path) -> None:
+    penalised = GREEDY._replace(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4)
+    expected = [engine(tiny).generate([prompt], penalised)[0] for prompt in prompts(6)]
+    assert expected != [engine(tiny).generate([prompt], GREEDY)[0] for prompt in prompts(6)]
+    warm = engine(tiny)
+    assert [warm.generate(prompts(6), penalised) for _ in range(2)] == [expected] * 2
+    assert warm.counters.prefix_hit_tokens > 0
+    crowded = engine(tiny, blocks=17, speculate_tokens=5)
+    assert crowded.generate(prompts(6), penalised) == expected
+    assert crowded.counters.preemptions > 0
+
+
 def test_decoded_logits_equal_those_of_the_whole_sequence(tiny: Path) -> None:
     """Paged, token by token, against one pass with nothing cached: the logits themselves."""
     e = engine(tiny)

@@ -1,5 +1,6 @@
 """Blocks that left the engine's memory come back as they were: answers stay the same, and prompts are not computed again."""
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_packages import make_package
 
+from serving import cache
 from serving.cache import BlockStore, MemoryStore, RedisStore, open_store
 from serving.engine.engine import Engine
 from serving.engine.messages import SamplingParams
@@ -96,6 +98,34 @@ def test_without_its_redis_an_engine_answers_as_ever(tiny: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         away = engine(tiny, spill=f"redis://127.0.0.1:{taken.getsockname()[1]}/0")
         assert one_by_one(away) == one_by_one(engine(tiny, spill=None))
+
+
+def test_a_redis_that_goes_and_comes_back_is_told_once_and_shared_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cache, "RETRY_S", 0.0)
+    expected = one_by_one(engine(tiny, spill=None))
+
+    def told() -> list[str]:
+        return [event["event"] for event in map(json.loads, capsys.readouterr().out.splitlines())]
+
+    with redis_server(tmp_path) as url:
+        shared = engine(tiny, spill=url)
+        store = stored(shared)
+        assert isinstance(store, RedisStore)
+        assert one_by_one(shared) == expected
+        store.flush()
+    assert one_by_one(shared) == expected
+    store.flush()
+    assert shared.counters.prefix_hit_tokens == 0
+    assert shared.counters.spill_failures > 1
+    assert told().count("store_away") == 1
+    with redis_server(tmp_path, port=int(url.split(":")[2].split("/")[0])):
+        assert one_by_one(shared) == expected
+        store.flush()
+        assert one_by_one(shared) == expected
+        assert shared.counters.prefix_hit_tokens == 8 * 96
+        assert told().count("store_back") == 1
 
 
 def test_an_address_that_is_none_is_refused() -> None:

@@ -142,8 +142,33 @@ def test_without_keys_a_browser_keeps_its_own_conversations(tiny: Path, start_se
     assert httpx.get(server.url + "/web/conversations").json() == {"conversations": []}
 
 
-def test_a_store_that_is_away_is_told_and_nothing_else_suffers(tmp_path: Path, start_server) -> None:
-    server: Server = start_server(tmp_path / "tiny" / "channels" / "c.json", "--session-store", "redis://127.0.0.1:1/0")
-    answer = httpx.get(server.url + "/web/session", headers={"cookie": "slipway_session=x"}, timeout=30)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "sessions_unavailable")
-    assert httpx.get(server.url + "/v1/models").status_code == 200
+def test_a_store_that_goes_and_comes_back_is_told_once(tiny: Path, tmp_path: Path, start_server) -> None:
+    key, entry = make_key("ada")
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [entry]}))
+    ask = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+    with httpx.Client(timeout=60) as browser:
+
+        def session() -> httpx.Response:
+            return browser.get(server.url + "/web/session")
+
+        with redis_server(tmp_path) as url:
+            flags = ("--api-keys", str(keys), "--session-store", url, "--kv-spill", url)
+            server: Server = start_server(tiny, *flags).wait_ready()
+            assert browser.post(server.url + "/web/login", json={"key": key}).status_code == 200
+            assert browser.post(server.url + "/v1/completions", json=ask).status_code == 200
+        for _ in range(3):
+            assert (session().status_code, session().json()["error"]["code"]) == (503, "sessions_unavailable")
+        assert browser.get(server.url + "/").status_code == 200
+        asked = httpx.post(
+            server.url + "/v1/completions", json=ask, headers={"authorization": f"Bearer {key}"}, timeout=60
+        )
+        assert (asked.status_code, server.get("/health/ready").status_code) == (200, 200)
+        assert [event["store"] for event in server.events("store_away")].count("sessions") == 1
+        metrics = httpx.get(server.url + "/metrics", headers={"authorization": f"Bearer {key}"}).text
+        assert 'slipway_serve_store_failures_total{store="sessions"} 6.0' in metrics
+        with redis_server(tmp_path, port=int(url.split(":")[2].split("/")[0])):
+            assert session().json()["user"] is None  # it came back empty
+            assert browser.post(server.url + "/web/login", json={"key": key}).status_code == 200
+            assert session().json()["user"] == "ada"
+        assert len(server.events("store_back")) == 1
