@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,9 @@ def test_replicas_die_and_stall_and_return_and_the_others_never_stop(dataset, me
     constant.wait_for(gone_at + 6)  # at least one average without it
     killed.start()
     killed.wait_for(len(steps(killed)) + 1)
+    # Between two averages, which are after steps 5n and 5n + 2: who is stopped in one has still to find out that it failed
+    # when the others have trained to their end.
+    stalled.wait_for(next(step for step in count(steps(stalled)[-1] + 1) if step % 5 == 3))
     stalled.signal(signal.SIGSTOP)
     constant.wait_for(steps(stalled)[-1] + 6)
     stalled.signal(signal.SIGCONT)
