@@ -93,7 +93,7 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str], kn
         raise Refused(f"the config is not YAML: {problem}", where=where, fix="Mend that line.") from None
     except RecursionError:
         raise Refused("the config is nested too deeply", where=str(path), fix="Write it flatter.") from None
-    _refuse_repeated(tree, path)
+    _refuse_repeated(tree, path, met=set())
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise Refused("the config is not a mapping of keys", where=str(path), fix="Write lines of the form key: value.")
@@ -109,8 +109,11 @@ def load_config(config_class: type[C], path: Path, overrides: dict[str, str], kn
         raise _explain(errors, config_class, path=path, tree=tree, overrides=overrides) from None
 
 
-def _refuse_repeated(node: Any, path: Path) -> None:
-    """YAML takes the last of two equal keys, and the first would be ignored."""
+def _refuse_repeated(node: Any, path: Path, *, met: set[int]) -> None:
+    """YAML takes the last of two equal keys, and the first would be ignored. What an alias names again was `met`."""
+    if id(node) in met:
+        return
+    met.add(id(node))
     seen: set[str] = set()
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         if isinstance(node, yaml.MappingNode):
@@ -119,7 +122,7 @@ def _refuse_repeated(node: Any, path: Path) -> None:
                 where = f"{path}:{key.start_mark.line + 1}"
                 raise Refused(f"'{key.value}' is there twice", where=where, fix="Remove one of them.")
             seen.add(key.value)
-        _refuse_repeated(child, path)
+        _refuse_repeated(child, path, met=met)
 
 
 def _lay_over(values: dict[str, Any], key: str, text: str) -> None:

@@ -153,9 +153,8 @@ class RecoverConfig(Config):
     bad_step: Literal["stop", "skip"] = "stop"  # skip: back to the newest checkpoint, and past the batch
     spike_factor: float | None = Field(default=None, gt=1)  # a loss this many times the running mean is bad too
     max_skips: int = Field(default=3, ge=1)
-    hang_timeout_s: float = Field(
-        default=600.0, gt=0, le=1e6
-    )  # without a finished step: dump all stacks and start again
+    # Without a finished step for so long: dump all stacks and start again.
+    hang_timeout_s: float = Field(default=600.0, gt=0, le=1e6)
 
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -37,6 +37,14 @@ class Failed(RuntimeError):
         super().__init__(f"{what} ({where}). {fix}")
 
 
+class RankGone(Failed):
+    """Another of the `world` ranks has ended, and a collective with it."""
+
+    def __init__(self, *, world: int) -> None:
+        fix = "See the log of the rank that ended first; under torchrun all begin again from the newest checkpoint."
+        super().__init__("another rank has gone", where=f"of {world}", fix=fix)
+
+
 class Interrupted(Exception):
     """A signal asked for the end and all work so far is on disk; the exit code is 75."""
 

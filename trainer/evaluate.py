@@ -63,16 +63,17 @@ def _same_tokenizer(model: Path, data: Path) -> None:
 
 def _measure(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, *, log: Log) -> dict[str, Any]:
     """By the dataset's task, then the tasks of the config; `baselines` and `accuracy` are always there."""
-    progress, writer = _Progress(log, config, dataset), Writer(decoder, dataset)
+    progress = _Progress(log, config, dataset)
     measures = {"text": _measure_text, "chat": _measure_chats, "classify": _measure_classes}
     report = {"task": dataset.task, "baselines": {}, "accuracy": {}, "intervals": {}, "sample": ""}
     report |= measures[dataset.task](config, decoder, dataset, progress)
     if config.tasks and dataset.task == "classify":
         fix = "Remove tasks from evaluate.yaml."
         raise Refused("a classifier writes no answers", where="tasks", fix=fix)
-    for task in config.tasks:
-        report["accuracy"][task.name] = measure(task, writer, progress.tell)
     if dataset.task != "classify":
+        writer = Writer(decoder, dataset)
+        for task in config.tasks:
+            report["accuracy"][task.name] = measure(task, writer, progress.tell)
         report["sample"] = writer.complete(config.sample.prompt, max_tokens=config.sample.max_tokens)
     progress.end()
     return report

@@ -15,7 +15,7 @@ from trainer.alone import alone_with
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.data import Cursor, Dataset
-from trainer.errors import Failed, Interrupted, StopSignal
+from trainer.errors import Failed, Interrupted, RankGone, StopSignal
 from trainer.files import digest_of
 from trainer.finish import finish, finished
 from trainer.kernels.decoder import why_not
@@ -98,8 +98,7 @@ def _train_together(config: TrainConfig, dataset: Dataset, run: Path, layout: La
     except RuntimeError as error:
         if isinstance(error, Failed) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
-        fix = "See the log of the rank that ended first; under torchrun all begin again from the newest checkpoint."
-        raise Failed("another rank has gone", where=f"of {ranks.world}", fix=fix) from None
+        raise RankGone(world=ranks.world) from None
     finally:
         ranks.leave()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.chat import check_chat
-from trainer.data.config import ChatTask, ClassifyTask, DataConfig, TextTask
+from trainer.data.config import ChatTask, ClassifyTask, DataConfig
 from trainer.data.encode import SPLITS, Done, Job, batched_rows, encode_in_process, encode_part, is_held_out, part_rows
 from trainer.data.sources import Part, Reader, Row
 from trainer.data.tokenizer import TURN_MARKS, Vocabulary, trained_vocabulary, vocabulary_of
@@ -131,7 +131,7 @@ class _Making:
                 check_chat(messages, where=row.name)
                 yield "\n".join(message["content"] or "" for message in messages or [])
             else:
-                yield str(row.fields.get(task.field if isinstance(task, TextTask) else task.text) or "")
+                yield str(row.fields.get(task.fields[0]) or "")
 
     # The split
 

@@ -17,7 +17,6 @@ from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.memory import apply_recompute, inner_block, plain_name
 from trainer.parallel.pipeline import Elsewhere, Pipeline, is_tied, keep_stage, stages_of
 from trainer.parallel.ranks import Ranks
-from trainer.parallel.shared import MOST_BYTES
 from trainer.parallel.tensor import apply_tensor_parallel
 
 
@@ -80,7 +79,7 @@ def _replicate(config: TrainConfig, *, vocab_size: int, ranks: Ranks, labels: in
     if ranks.memory is None:
         return Laid([model], DistributedDataParallel(model, **options))
     # In one piece, as far as it goes: nothing is under way meanwhile, and to meet takes longer than to add.
-    run = DistributedDataParallel(model, **options, bucket_cap_mb=MOST_BYTES / 2**21 / ranks.world)
+    run = DistributedDataParallel(model, **options, bucket_cap_mb=ranks.memory.place_bytes / 2**20)
     run.register_comm_hook(ranks, _average)
     return Laid([model], run)
 

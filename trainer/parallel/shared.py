@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import Failed
+from trainer.errors import RankGone
 from trainer.kernels import meeting
 
 MOST_BYTES = 64 << 20
@@ -40,12 +40,17 @@ class SharedMemory:
             self._gone.register(os.pidfd_open(process), select.POLLIN)  # which can be read once it has ended
         _OPEN[id(self)] = self
 
+    @property
+    def place_bytes(self) -> int:
+        """Of all that is added up at once."""
+        return self._places.shape[-1]
+
     def takes(self, values: Tensor) -> bool:
         plain = values.is_cpu and values.is_contiguous() and values.dtype in (torch.float32, torch.float64)
-        return plain and values.nbytes <= self._places.shape[-1]
+        return plain and values.nbytes <= self.place_bytes
 
     def sum(self, values: Tensor) -> Tensor:
-        """Adds `values`, of any shape, up over all ranks in their order, in place. Raises Failed when another has gone."""
+        """Adds `values`, of any shape, up over all ranks in their order, in place. Raises RankGone."""
         torch.ops.memory.all_reduce(values, id(self))
         return values
 
@@ -58,8 +63,7 @@ class SharedMemory:
         while not self._have_all_come(awake_us):
             awake_us = 0
             if self._gone.poll(1) and not self._have_all_come(0):
-                fix = "See the log of the rank that ended first; under torchrun all begin again from the newest checkpoint."
-                raise Failed("another rank has gone", where=f"of {self._world}", fix=fix)
+                raise RankGone(world=self._world)
         torch.sum(laid, 0, out=flat)
 
     def _have_all_come(self, wait_us: int) -> bool:
