@@ -22,12 +22,13 @@ def version_of_harness() -> str:
 def measure_with_harness(task: HarnessTask, writer: Writer) -> dict[str, Any]:
     """The share that the task's metric says, with its interval. Raises Refused for a task or metric that is not there."""
     version_of_harness()
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
+    ask: Any = simple_evaluate  # whose decorator hides its parameters
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
-        found: Any = simple_evaluate(
+        found: Any = ask(
             _as_model(writer),
             tasks=[task.task],
             task_manager=TaskManager(include_path=task.path, include_defaults=task.path is None),
@@ -56,11 +57,8 @@ def measure_with_harness(task: HarnessTask, writer: Writer) -> dict[str, Any]:
 
 def _as_model(writer: Writer) -> Any:
     """The model as the harness speaks to one; its base class is the library's, which may be absent."""
-    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
-        get_rolling_token_windows,
-        make_disjoint_window,
-    )
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Asked(TemplateLM):
         @property
@@ -74,7 +72,7 @@ def _as_model(writer: Writer) -> Any:
             judged = (judge_continuation(writer.model, prompt, continuation) for _, prompt, continuation in requests)
             return [(-nats, likeliest) for nats, likeliest in judged]
 
-        def loglikelihood_rolling(self, requests: list[Any], **_more: Any) -> list[float]:
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
             return [self._whole_text(request.args[0]) for request in requests]
 
         def _whole_text(self, text: str) -> float:
@@ -83,7 +81,7 @@ def _as_model(writer: Writer) -> Any:
             windows = get_rolling_token_windows(self.tok_encode(text), prefix_token=self.eot_token_id, **size)
             return -sum(judge_continuation(writer.model, *make_disjoint_window(window))[0] for window in windows)
 
-        def generate_until(self, requests: list[Any], **_more: Any) -> list[str]:
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
             return [self._answer(*request.args) for request in requests]
 
         def _answer(self, prompt: str, wishes: dict[str, Any]) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -10,6 +13,8 @@ import pydantic
 import pytest
 from conftest import Server
 from tiny_packages import make_package
+
+from tests.beside import installed_beside
 
 WEATHER = {
     "type": "function",
@@ -35,6 +40,22 @@ CITY = {
 }
 HELLO = [{"role": "user", "content": "Hello"}]
 ASK = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 120}
+
+
+LLAMA_INDEX = """
+import json, sys
+from llama_index.core.llms import ChatMessage
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+from llama_index.llms.openai_like import OpenAILike
+
+base = {"api_base": sys.argv[1], "api_key": "unused", "max_retries": 0}
+model = OpenAILike(model="tiny", is_chat_model=True, temperature=0, max_tokens=40, context_window=2048, **base)
+asked = [ChatMessage(role="user", content="Hello")]
+whole = model.chat(asked).message.content
+streamed = "".join(piece.delta or "" for piece in model.stream_chat(asked))
+vectors = OpenAILikeEmbedding(model_name="tiny", **base).get_text_embedding_batch(["a", "b"])
+print(json.dumps({"whole": whole, "streamed": streamed, "vectors": vectors}))
+"""
 
 
 class City(pydantic.BaseModel):
@@ -156,16 +177,13 @@ def test_langchain(server: Server) -> None:
 
 
 def test_llama_index(server: Server) -> None:
-    adapters = pytest.importorskip("llama_index.llms.openai_like", reason="its newest release needs openai < 3")
-    from llama_index.core.llms import ChatMessage
-
-    model = adapters.OpenAILike(
-        model="tiny", api_base=server.url + "/v1", api_key="unused", is_chat_model=True, temperature=0, max_tokens=40,
-        context_window=2048, max_retries=0,
-    )  # fmt: skip
-    asked = [ChatMessage(role="user", content="Hello")]
-    whole = model.chat(asked).message.content
-    assert "".join(piece.delta or "" for piece in model.stream_chat(asked)) == whole
-    embeddings = pytest.importorskip("llama_index.embeddings.openai_like")
-    vectors = embeddings.OpenAILikeEmbedding(model_name="tiny", api_base=server.url + "/v1", api_key="unused")
-    assert len(vectors.get_text_embedding_batch(["a", "b"])) == 2
+    """In a process of its own: its newest release needs an older client of OpenAI's than this project's."""
+    packages = installed_beside("llama-index-llms-openai-like", "llama-index-embeddings-openai-like")
+    env = {**os.environ, "PYTHONPATH": str(packages)}
+    command = [sys.executable, "-c", LLAMA_INDEX, server.url + "/v1"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["whole"]
+    assert told["streamed"] == told["whole"]
+    assert [len(vector) for vector in told["vectors"]] == [64, 64]

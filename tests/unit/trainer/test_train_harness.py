@@ -37,7 +37,6 @@ def model(dataset) -> Decoder:
 @pytest.fixture
 def tasks(dataset, model, tmp_path, monkeypatch) -> Path:
     """Three tasks of eight questions: by likelihood, by what is written, and the likelihood of whole texts."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional library")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

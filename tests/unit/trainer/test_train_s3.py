@@ -1,4 +1,4 @@
-"""S3 by a real server and fsspec's own client, where both are installed (`pip install s3fs nanio`): nothing else is told apart."""
+"""S3 by a real server (nanio) and fsspec's own client: nothing else is told apart."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+import s3fs
 from programs_of_trainer import TRAIN, program_environment, run_program
 from test_train_sources import QUIET, config_of
 
@@ -19,9 +20,6 @@ from trainer.registry import Registry
 from trainer.shapes import weights_digest
 from trainer.storage import Storage
 from trainer.train import train
-
-s3fs = pytest.importorskip("s3fs", reason="fsspec's client of S3, s3fs, is not installed")
-pytest.importorskip("nanio", reason="nanio, a small server of S3, is not installed")
 
 
 @pytest.fixture(scope="module")
