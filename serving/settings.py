@@ -28,7 +28,8 @@ class Settings:
     max_num_seqs: int = 64
     max_queued_tokens: int = 65_536
     engine: str = "torch"  # torch, or onnx: the package's `model.onnx`, by ONNX Runtime
-    kv_bytes: int | None = None  # what max_num_seqs whole sequences need, or a share of memory, when not given
+    kv_bytes: int | None = None  # for keys and values; or …
+    kv_share: float | None = None  # … of the memory that is free once the weights are loaded
     kv_spill: str | None = None  # where blocks go that memory gives up: bytes, or redis://…; nowhere when not given
     dtype: str = "auto"
     quantize: str = "none"  # the layers' weights, once loaded: none, int8, int4
@@ -90,6 +91,12 @@ def _rate(text: str) -> float:
     return float(text)
 
 
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0?\.\d+", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1, such as 0.8")
+    return float(text)
+
+
 def _adapter(text: str) -> str:
     name, _, source = text.partition("=")
     if not ADAPTER_NAME.fullmatch(name) or not source:
@@ -121,7 +128,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-model-len", type=_count, metavar="TOKENS", help="prompt and answer together")
     p.add_argument("--max-num-seqs", type=_count, metavar="N", default=Settings.max_num_seqs, help="run together")
     p.add_argument("--max-queued-tokens", type=_count, metavar="TOKENS", default=Settings.max_queued_tokens)
-    p.add_argument("--kv-bytes", type=parse_bytes, metavar="BYTES", help="memory for keys and values: 2GiB, 1073741824")
+    kv = p.add_mutually_exclusive_group()
+    kv.add_argument(
+        "--kv-bytes", type=parse_bytes, metavar="BYTES", help="memory for keys and values: 2GiB, 1073741824"
+    )
+    kv.add_argument(
+        "--kv-share", type=_share, metavar="SHARE",
+        help="the same as a share of what is free beside the weights: 0.8. By default what --max-num-seqs need, 0.5 at most",
+    )  # fmt: skip
     p.add_argument(
         "--kv-spill", type=_spill, metavar="BYTES|URL", help="keep prefixes that leave that memory: 4GiB, redis://host"
     )

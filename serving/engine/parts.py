@@ -33,7 +33,7 @@ from serving.settings import Settings
 
 BLOCK_SIZE = 16  # tokens: small enough to waste little, large enough that a gather copies long runs
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # the most that a step computes
-KV_MEMORY_SHARE = 0.5  # of what is free once the weights are loaded, unless --kv-bytes says
+KV_MEMORY_SHARE = 0.5  # the most of what is free once the weights are loaded, unless the settings say
 
 
 class Runner(Protocol):
@@ -192,7 +192,7 @@ def checked_model_len(settings: Settings, config: ModelConfig, *, where: str) ->
 def num_blocks_of(
     settings: Settings, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, max_model_len: int
 ) -> int:
-    """Blocks for keys and values: --kv-bytes, else what the sequences can use within a share of the free memory.
+    """Blocks for keys and values: --kv-bytes or --kv-share, else what the sequences can use within half the free memory.
 
     A block's bytes are those of all ranks together, which on GPUs have memory each.
     """
@@ -207,7 +207,9 @@ def num_blocks_of(
             if device.type == "cuda"
             else available_bytes()
         )
-        num_blocks = min(settings.max_num_seqs * per_seq, int(free * KV_MEMORY_SHARE) // per_block)
+        num_blocks = int(free * (settings.kv_share or KV_MEMORY_SHARE)) // per_block
+        if settings.kv_share is None:
+            num_blocks = min(num_blocks, settings.max_num_seqs * per_seq)
     if num_blocks < per_seq:
         what = f"{num_blocks * per_block:,} bytes cannot hold the keys and values of one {max_model_len}-token sequence"
         fix = f"Give --kv-bytes {per_seq * per_block} or more, or a smaller --max-model-len"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_packages import make_package
 
+from serving.engine import parts
 from serving.engine.engine import Engine
 from serving.engine.messages import Output, SamplingParams, Structure, TokenLogprob
 from serving.engine.scheduler import Scheduled
@@ -257,6 +258,15 @@ def test_memory_for_less_than_one_sequence_is_refused(tmp_path: Path) -> None:
         Engine.load(root, Settings(model=str(root), kv_bytes=1000))
     with pytest.raises(Refused, match="at most 256"):
         Engine.load(root, Settings(model=str(root), max_model_len=257))
+
+
+def test_keys_and_values_have_their_share_of_the_free_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "available_bytes", lambda: 1000 * KV_BYTES_PER_BLOCK)
+    blocks = {
+        share: Engine.load(tiny, Settings(model=str(tiny), max_num_seqs=1, kv_share=share)).scheduler.blocks.num_blocks
+        for share in (None, 0.25, 0.5)
+    }
+    assert blocks == {None: 256 // 16, 0.25: 250, 0.5: 500}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -140,6 +140,8 @@ def test_token_bytes_join_to_the_text(tiny: Path, text: str) -> None:
         (["m", "--port", "70000"], "70000"),
         (["m", "--max-num-seqs", "0"], "'0' must be above 0"),
         (["m", "--kv-bytes", "lots"], "no size in bytes"),
+        (["m", "--kv-share", "1.5"], "between 0 and 1"),
+        (["m", "--kv-share", "0.5", "--kv-bytes", "1GiB"], "not allowed with"),
         (["m", "--drain-s", "nan"], "number of seconds"),
         (["m", "--dtype", "int3"], "invalid choice"),
         ([], "model|MODEL"),
