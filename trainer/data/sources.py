@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from trainer.data.config import DatasetsSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
-from trainer.data.packed import damaged, open_packed, packing_errors
+from trainer.data.packed import PACKING_ERRORS, damaged, open_packed
 from trainer.errors import Refused
 from trainer.stores import answering, open_store
 
@@ -135,7 +135,7 @@ class Reader:
                 for at, line in _lines(file, part):
                     if line.strip():
                         yield Row(f"{part.files[0]}@{at}", _parse(line, where=f"{path}, byte {at}"))
-        except (*packing_errors(), OSError) as error:
+        except (*PACKING_ERRORS, OSError) as error:
             raise damaged(path, error) from None
 
     def _arrow_rows(self, part: Part) -> Iterator[Row]:
