@@ -125,11 +125,11 @@ def _measure_text(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, pr
 def _measure_chats(config: EvaluateConfig, decoder: Decoder, dataset: Dataset, progress: _Progress) -> dict[str, Any]:
     """Bits for each byte of what the assistant says, its bytes as the dataset has them on average for a token."""
     nats, counts = answers(decoder, dataset, most=config.max_tokens, tell=progress.tell)
-    held_out = dataset.manifest["splits"]["heldout"]
+    held_out = dataset.manifest.splits["heldout"]
     if not counts.sum():
         fix = "Hold out more chats, or train with a longer max_context."
         raise Refused("no held-out answer is within the model's context", where=str(dataset.directory), fix=fix)
-    bytes_a_token = held_out["bytes"] / held_out["learnt"]
+    bytes_a_token = held_out.bytes / held_out.learnt
     bits, of = nats / math.log(2), counts * bytes_a_token
     return {
         "bits_per_byte": float(bits.sum() / of.sum()),

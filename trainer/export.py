@@ -182,6 +182,6 @@ def _write_tokenizer(model: Decoder, dataset: Dataset, directory: Path) -> None:
         }
         write_json(directory / "tokenizer_config.json", about)
     if not (directory / "generation_config.json").exists():
-        turn = dataset.manifest.get("end_of_turn")
+        turn = dataset.manifest.end_of_turn
         ends = end if turn is None else [turn, end]
         write_json(directory / "generation_config.json", {"bos_token_id": end, "eos_token_id": ends, "do_sample": True})

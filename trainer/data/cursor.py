@@ -61,8 +61,8 @@ class Cursor:
     def of(cls, dataset: Dataset, *, seq: int, global_batch: int, seed: int, document_mask: bool = False) -> "Cursor":
         """Over the training split of a dataset, with the weights of its sources."""
         windows: list[Windows] = []
-        for number, source in enumerate(dataset.manifest["sources"]):
-            size: dict[str, Any] = {"seq": seq, "source": source["name"]}
+        for number, source in enumerate(dataset.manifest.sources):
+            size: dict[str, Any] = {"seq": seq, "source": source.name}
             if dataset.task == "text":
                 end = dataset.end_of_text if document_mask else None
                 windows.append(StreamWindows(dataset.tokens("train", source=number), end_of_text=end, **size))

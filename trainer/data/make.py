@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.data.chat import check_chat
 from trainer.data.config import ChatTask, ClassifyTask, DataConfig
+from trainer.data.dataset import Dataset
 from trainer.data.encode import SPLITS, Done, Job, batched_rows, encode_in_process, encode_part, is_held_out, part_rows
 from trainer.data.sources import Part, Reader, Row
 from trainer.data.tokenizer import TURN_MARKS, Vocabulary, trained_vocabulary, vocabulary_of
@@ -36,7 +37,7 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None =
     if base is not None:
         wanted["tokenizer"] = sha256_of_file(base / "tokenizer.json") if (base / "tokenizer.json").is_file() else None
     manifest = read_json(out / "manifest.json")
-    skipped = manifest is not None and manifest.get("config_digest") == digest_of(wanted) and _sizes_fit(out, manifest)
+    skipped = manifest is not None and manifest.get("config_digest") == digest_of(wanted) and _is_whole(out)
     if not skipped:
         making = _Making(config, readers, base, log)
         fill_directory(out, lambda directory: making.write(directory, digest_of(wanted)), last="manifest.json")
@@ -44,9 +45,12 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None =
     log.emit("done", stage="data", seconds=round(time.monotonic() - begun_s, 2), skipped=skipped)
 
 
-def _sizes_fit(directory: Path, manifest: dict[str, Any]) -> bool:
-    paths = ((directory / name, entry) for name, entry in manifest["files"].items())
-    return all(path.is_file() and path.stat().st_size == entry["bytes"] for path, entry in paths)
+def _is_whole(directory: Path) -> bool:
+    try:
+        Dataset.open(directory, verify=False)
+    except Refused:
+        return False
+    return True
 
 
 class _Making:

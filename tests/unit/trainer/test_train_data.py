@@ -44,7 +44,7 @@ def test_the_tokens_of_a_dataset_are_its_documents(dataset, corpus):
         stream = opened.tokens(split)
         text = tokenizer.decode(stream.read(0, len(stream)).tolist(), skip_special_tokens=False)
         texts += text.split(END_OF_TEXT)[:-1]
-        told = opened.manifest["splits"][split]
+        told = opened.manifest.splits[split].model_dump()
         assert told["tokens"] == len(stream)
         ends = [at for at, token in enumerate(stream.read(0, len(stream))) if token == opened.end_of_text]
         assert len(ends) == told["documents"] > 0
@@ -105,6 +105,21 @@ def test_a_dataset_that_is_cut_or_changed_is_refused(corpus, tmp_path):
     shard.write_bytes(content[:-2] + b"\x00\x01")
     with pytest.raises(Refused, match="not the one that the manifest describes"):
         Dataset.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("vocab_size", "many"), ("files", None), ("sources", [{"name": "a", "weight": -1, "splits": {}}]), ("dtype", "O")],
+)
+def test_a_manifest_with_wrong_values_is_refused_and_made_again(corpus, tmp_path, key, value):
+    make_dataset(text_config(corpus), tmp_path / "out", log=QUIET)
+    path = tmp_path / "out" / "manifest.json"
+    whole = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(whole), key: value}))
+    with pytest.raises(Refused, match=rf"was changed: {key}.*manifest.json"):
+        Dataset.open(tmp_path / "out")
+    make_dataset(text_config(corpus), tmp_path / "out", log=QUIET)
+    assert path.read_bytes() == whole
 
 
 def test_shards_read_as_one_stream(dataset, corpus, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_chats_are_judged_by_their_answers(tmp_path):
     evaluate(config, model=tmp_path / "model", data=tmp_path / "data", out=tmp_path / "out", log=QUIET)
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["baselines"] == {}
-    assert report["tokens"] <= dataset.manifest["splits"]["heldout"]["learnt"]
+    assert report["tokens"] <= dataset.manifest.splits["heldout"].learnt
     assert 1 < report["bits_per_byte"] < 20
     assert "held-out tokens of answers" in (tmp_path / "out" / "evaluation.md").read_text()
 

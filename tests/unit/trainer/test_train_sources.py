@@ -80,7 +80,7 @@ def test_processes_give_the_same_dataset_as_one(tmp_path, monkeypatch):
         stream = many.tokens(split)
         texts = many.tokenizer().decode(stream.read(0, len(stream)).tolist(), skip_special_tokens=False)
         assert set(texts.split(END_OF_TEXT)) - {""} <= set(TEXTS)
-    assert sum(many.manifest["splits"][split]["documents"] for split in ("train", "heldout")) == len(TEXTS)
+    assert sum(many.manifest.splits[split].documents for split in ("train", "heldout")) == len(TEXTS)
 
 
 @pytest.mark.parametrize(
