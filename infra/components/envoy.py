@@ -42,8 +42,8 @@ class Backend:
     """Path that answers 200 when a request would be answered now."""
     paths: tuple[str, ...]
     """Beginnings of the paths that are passed on."""
-    drains: bool
-    """A replica says by `ready` when it wants no more; else it goes when its name does."""
+    lingers: bool
+    """A replica says by `ready` when it wants no more, and answers on; else it is asked as long as it has a name."""
 
 
 def bootstrap(router: Router, backends: Sequence[Backend]) -> Json:
@@ -183,7 +183,7 @@ def _cluster(router: Router, backend: Backend) -> Json:
         # Never to a replica that is not ready, even when none is: an honest 503 and not a hanging request.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}, **balance_limit(router)},
         # Whose name is gone may be the only one that answers yet: it is asked as long as it says that it is ready.
-        "ignore_health_on_host_removal": not backend.drains,
+        "ignore_health_on_host_removal": not backend.lingers,
         "health_checks": [_health_check(backend.ready)],
         **outlier_detection(router),
         "circuit_breakers": circuit_breakers(router),

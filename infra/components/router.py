@@ -168,7 +168,7 @@ def backend(service: Service, runtime: Runtime) -> Backend:
         port=runtime.port,
         ready=ready_path(service, runtime),
         paths=runtime.paths,
-        drains=runtime.drains,
+        lingers=runtime.lingers,
     )
 
 

@@ -96,7 +96,7 @@ class Runtime(Spec):
     live: str = "/health"
     """Path that answers 200 while the process works; it may be closed until the model is loaded."""
     ready: str = "/health"
-    """Path that answers 200 when a request would be answered now."""
+    """Path that answers 200 when a request would be answered now, and whatever it says within a second."""
     paths: tuple[str, ...] = ("/v1/",)
     """Beginnings of the paths that the router passes on."""
     metrics: RuntimeMetrics = RuntimeMetrics()
@@ -134,6 +134,11 @@ class Runtime(Spec):
         """Whether each replica says how many requests it holds; else the router counts them."""
         counted = {"slipway_serve_requests_running", "slipway_serve_requests_waiting"}
         return self.is_own or counted <= self.metrics.names.keys()
+
+    @property
+    def lingers(self) -> bool:
+        """On SIGTERM it says first that it is not ready, and answers on; others refuse at once, and must be asked no more by then."""
+        return "linger_s" in self.placeholders
 
     @property
     def is_own(self) -> bool:

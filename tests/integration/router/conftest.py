@@ -20,7 +20,7 @@ from infra.spec import Router
 from tests.ports import free_ports
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
-CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), drains=True)
+CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), lingers=True)
 PERIOD_S = 0.02
 
 

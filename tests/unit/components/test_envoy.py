@@ -13,8 +13,8 @@ from infra.components.envoy import Backend, bootstrap
 from infra.spec import Router
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
-CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), drains=True)
-CODE = Backend(name="code", host="code-pods", port=8000, ready="/health/ready", paths=("/",), drains=True)
+CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), lingers=True)
+CODE = Backend(name="code", host="code-pods", port=8000, ready="/health/ready", paths=("/",), lingers=True)
 POLICIES = ("round_robin", "random", "least_request", "ring_hash", "maglev")
 
 

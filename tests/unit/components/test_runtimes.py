@@ -78,6 +78,21 @@ def test_rows_say_what_the_runtimes_document(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
+def test_a_row_drains_only_where_the_runtime_documents_how(name: str) -> None:
+    """Else what waits before SIGTERM is the whole drain, and a stream is not cut by a server that was told to go."""
+    row, by = builtin()[name], FACTS[name].get("drains_by")
+    assert row.drains == (by is not None)
+    assert all("{drain_s}" in value for flag, value in row.flags.items() if flag.rstrip("=") in (by or ()))
+    assert set(by or ()) <= {flag.rstrip("=") for flag in row.flags}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_probes_are_answered_within_the_routers_second(name: str) -> None:
+    wanted = FACTS[name].get("probe_env", {})
+    assert wanted.items() <= builtin()[name].env.items()
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_metric_is_renamed_to_one_of_the_same_kind_and_unit(name: str) -> None:
     for ours, theirs in builtin()[name].metrics.names.items():
         kind = next(kind for end, kind in KINDS.items() if ours.endswith(end))
@@ -155,6 +170,8 @@ def test_the_router_shows_what_the_runtime_answers_and_asks_whether_it_is_ready(
     assert address == {"address": "chat-pods", "port_value": row.port}
     health = cluster["health_checks"][0]["http_health_check"]["path"]
     assert health == row.ready.format(served_name="base")
+    # Who answers on after SIGTERM is asked until it says no; who does not is forgotten before, while preStop waits.
+    assert cluster["ignore_health_on_host_removal"] == (not row.is_own)
     manager = config["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     passed = [r for r in manager["route_config"]["virtual_hosts"][0]["routes"] if "route" in r]
     assert [r["match"]["prefix"] for r in passed] == [
