@@ -8,10 +8,8 @@ from infra.checks.demand import batch_ranks
 from infra.checks.finding import Finding, Patch
 from infra.planner import Plan, ServicePlan
 from infra.planner import plan as make_plan
-from infra.spec import Stack, Training
-
-MARGIN = 0.95
-"""Share of a memory that an estimate may fill: what the estimates err by, and what allocators lose."""
+from infra.planner.estimate import MARGIN
+from infra.spec import Service, Stack, Training
 
 
 def training_fits(stack: Stack, plan: Plan) -> Iterator[Finding]:
@@ -60,10 +58,10 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
                 severity="error",
                 where=f"services.{service.name}.kv_gib",
                 message=f"the KV cache holds {service.kv_tokens} tokens, and one request may have {service.max_model_len}",
-                fix=f"max_model_len: {service.kv_tokens}, or a larger kv_gib"
+                fix=f"max_model_len: {service.kv_tokens}, or a larger {_size_key(declared[service.name])}"
                 if service.kv_tokens
-                else "a larger kv_gib",
-                patch=_room_for_context(service, kv_gib=declared[service.name].kv_gib),
+                else f"a larger {_size_key(declared[service.name])}",
+                patch=_room_for_context(service, declared[service.name]),
             )
     for spec in stack.services:
         made_by = stack.trains(spec)
@@ -78,11 +76,16 @@ def context_fits_cache(stack: Stack, plan: Plan) -> Iterator[Finding]:
             )
 
 
-def _room_for_context(service: ServicePlan, *, kv_gib: float) -> Patch | None:
+def _size_key(declared: Service) -> str:
+    return "kv_gib" if declared.kv_share is None else "kv_share"
+
+
+def _room_for_context(service: ServicePlan, declared: Service) -> Patch | None:
     """A cache of one whole context where there is memory for it; else the context that the cache holds."""
     assert service.kv_tokens is not None
     assert service.max_model_len is not None
-    if service.kv_tokens and service.memory:
+    if service.kv_tokens and service.memory and declared.kv_share is None:
+        kv_gib = declared.kv_gib
         wanted = floor(1000 * kv_gib * service.max_model_len / service.kv_tokens + 2) / 1000
         if service.memory.value - kv_gib + wanted <= MARGIN * service.memory_limit_gib:
             return {f"services.{service.name}.kv_gib": wanted}

@@ -57,7 +57,8 @@ def batch(
     spec = load(file)
     output = _absolute(answers)
     asked: dict[str, Any] = {"name": name, "input": _absolute(requests), "output": output, "endpoint": endpoint}
-    asked |= {"shards": shards} | _of_service(spec, service)
+    # As planned: a batch says plain values, and a service may leave some to the planner.
+    asked |= {"shards": shards} | _of_service(make_plan(spec).stack, service)
     with tempfile.TemporaryDirectory() as folder:
         with_batch = Path(folder) / file.name
         with_batch.write_text(_added(file, asked), encoding="utf-8")

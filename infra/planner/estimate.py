@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 GIB = 2**30
+MARGIN = 0.95
+"""Share of a memory that an estimate may fill: what the estimates err by, and what allocators lose."""
 
 
 @dataclass(frozen=True, kw_only=True)

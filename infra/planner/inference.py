@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from infra.catalog import Instance, models
-from infra.planner.estimate import GIB, Estimate, total
+from infra.planner.estimate import GIB, MARGIN, Estimate, total
 from infra.planner.machine import gpu_on
 from infra.planner.serve_memory import FORMATS, NON_TORCH_GIB, NON_TORCH_TP_GIB, activation_bytes, weight_bytes
 from infra.planner.serve_time import Server
@@ -64,9 +64,6 @@ DECIDE_S = 15
 
 def plan_service(service: Service, *, training: Training | None, instance: Instance) -> ServicePlan:
     """Estimate one service; `training` is the run that makes its model, where this stack has it."""
-    limit = (
-        gpu_on(instance).memory_gib * service.gpus if instance.gpu and service.gpus else service.resources.memory_gib
-    )
     shape = shape_of(service, training=training)
     kv_tokens, length, memory, latency, weights = None, service.max_model_len, None, None, 0.0
     if shape:
@@ -87,7 +84,7 @@ def plan_service(service: Service, *, training: Training | None, instance: Insta
         pool=service.pool,
         replicas=(service.least_replicas, service.most_replicas),
         memory=memory,
-        memory_limit_gib=limit,
+        memory_limit_gib=memory_limit_gib(service, instance=instance),
         kv_tokens=kv_tokens,
         max_model_len=length,
         concurrency=None if kv_tokens is None or length is None else kv_tokens / length,
@@ -111,6 +108,12 @@ def shape_of(service: Service, *, training: Training | None) -> Shape | None:
     return Shape.from_config(known) if known else None
 
 
+def memory_limit_gib(service: Service, *, instance: Instance) -> float:
+    """What one replica has, GiB: its GPUs' memory, or the container's where it has none."""
+    on_gpu = instance.gpu and service.gpus
+    return gpu_on(instance).memory_gib * service.gpus if on_gpu else service.resources.memory_gib
+
+
 def replica_memory(service: Service, *, shape: Shape, instance: Instance) -> Estimate:
     """Memory of one replica over all its GPUs, GiB."""
     on_gpu = bool(instance.gpu and service.gpus)
@@ -124,6 +127,15 @@ def replica_memory(service: Service, *, shape: Shape, instance: Instance) -> Est
     else:
         parts["runtime"] = CPU_RUNTIME_GIB
     return total("GiB", parts, "the KV cache is given in bytes and never grows", f"weights in {form.name}")
+
+
+def with_cache(service: Service, *, share: float, shape: Shape, instance: Instance) -> Service:
+    """The service with `share` of the memory that the checks let it fill, beside all else, as its cache."""
+    parts = replica_memory(service, shape=shape, instance=instance).parts
+    free = MARGIN * memory_limit_gib(service, instance=instance) - sum(parts.values()) + parts["KV cache"]
+    gib = int(1000 * share * free) / 1000
+    # Where the weights leave nothing SLW202 says so, whatever the cache.
+    return service.model_copy(update={"kv_gib": gib}) if gib > 0 else service
 
 
 def server_of(service: Service, *, shape: Shape, instance: Instance) -> tuple[Server, Room]:

@@ -4,16 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from infra.catalog import Instance
-from infra.planner.estimate import Estimate
+from infra.planner.estimate import MARGIN, Estimate
 from infra.planner.machine import gpu_on
 from infra.planner.run import FP32, Layout, Recompute, Run, check_layout
 from infra.planner.shape import Shape
 from infra.planner.train_memory import memory
 from infra.planner.train_time import step_time
 from infra.planner.training import TRAINER
-
-MARGIN = 0.95
-"""Share of a GPU's memory that an estimate may fill: the checks' own."""
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "matmul", "full")
 

@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from infra.catalog import Instance, instance
 from infra.planner.adapters import adapted
 from infra.planner.base import with_shape
-from infra.planner.inference import MOST_REPLICAS, plan_service, replicas_for, replicas_per_node, server_of, shape_of
-from infra.planner.layouts import MARGIN, best_layout
+from infra.planner.estimate import MARGIN
+from infra.planner.inference import (
+    MOST_REPLICAS,
+    plan_service,
+    replicas_for,
+    replicas_per_node,
+    server_of,
+    shape_of,
+    with_cache,
+)
+from infra.planner.layouts import best_layout
 from infra.planner.search import SHOWN, of_cloud
 from infra.planner.shape import Shape
 from infra.planner.trainable import obstacle
@@ -62,6 +71,9 @@ def resolve(stack: Stack) -> Resolved:
         chosen.append(choice)
     services = list[Service]()
     for service in stack.services:
+        if service.kv_share is not None:
+            service, choice = _size_cache(service, stack=stack, pool=stack.pool(service.pool))
+            chosen.append(choice)
         if service.replicas == "auto":
             service, choice = _choose_replicas(service, stack=stack, pool=stack.pool(service.pool))
             chosen.append(choice)
@@ -160,6 +172,8 @@ def _serves(service: Service, *, stack: Stack, pool: NodePool, machine: Instance
     """USD an hour of the service at its most replicas on nodes of `machine`; None where it does not fit or meet its SLO."""
     if service.gpus > machine.gpus or not replicas_per_node(service, instance=machine):
         return None
+    if service.kv_share is not None:
+        service = _size_cache(service, stack=stack, pool=pool)[0]
     if service.replicas == "auto":
         try:
             service = _choose_replicas(service, stack=stack, pool=pool)[0]
@@ -213,6 +227,17 @@ def _choose_layout(training: Training, *, machine: Instance) -> tuple[Training, 
     value = ", ".join(f"{name}: {size}" for name, size in layout.model_dump().items() if size not in (1, "none"))
     chosen = Chosen(where=where, value=f"{{{value}}}", why=says)
     return training.model_copy(update={"parallelism": layout}), chosen
+
+
+def _size_cache(service: Service, *, stack: Stack, pool: NodePool) -> tuple[Service, Chosen]:
+    where, share = f"services.{service.name}.kv_share", service.kv_share
+    assert share is not None
+    shape = shape_of(service, training=stack.trains(service))
+    if shape is None:
+        raise Unplannable(where, "a share needs a model of this stack or of the catalogue; give kv_gib")
+    service = with_cache(service, share=share, shape=shape, instance=instance(pool.instance))
+    why = f"{share:.0%} of what weights and computing leave of a replica's memory"
+    return service, Chosen(where=f"services.{service.name}.kv_gib", value=f"{service.kv_gib:g}", why=why)
 
 
 def _choose_replicas(service: Service, *, stack: Stack, pool: NodePool) -> tuple[Service, Chosen]:

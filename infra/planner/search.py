@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import inf
 
 from infra.catalog import Instance, instances
-from infra.planner.estimate import GIB
+from infra.planner.estimate import GIB, MARGIN
 from infra.planner.inference import STEP_TOKENS, meets, replicas_for
-from infra.planner.layouts import MARGIN, best_layout
+from infra.planner.layouts import best_layout
 from infra.planner.machine import gpu_on
 from infra.planner.serve_memory import Format, activation_bytes, cache
 from infra.planner.serve_time import Server

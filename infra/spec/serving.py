@@ -133,6 +133,9 @@ class Service(Spec):
     """Prompt tokens that may wait before new requests get 429."""
     kv_gib: PositiveFloat = 1.0
     """Memory of the KV cache, GiB."""
+    kv_share: Share | None = None
+    """The same as a share of what the weights and the computing leave of a replica's memory; the plan says how much that is, and
+    every runtime is told that."""
     dtype: Dtype = "auto"
     """Compute type."""
     drain_s: PositiveInt = 60
@@ -149,6 +152,12 @@ class Service(Spec):
     """LoRA adapters of the model that requests may ask for by name."""
     cache_gib: PositiveFloat | None = None
     """Volume that keeps copied models and compiled kernels over restarts, GiB; null: a new pod starts cold."""
+
+    @model_validator(mode="after")
+    def _one_size_of_the_cache(self) -> Self:
+        if self.kv_share is not None and "kv_gib" in self.model_fields_set:
+            raise Misplaced("kv_gib says how large the cache is already; leave one of the two out", "kv_share")
+        return self
 
     @property
     def fixed_replicas(self) -> int:

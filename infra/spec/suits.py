@@ -45,9 +45,8 @@ def refuse_unsuited(service: Service, runtime: Runtime, *, trained: bool, keys: 
         raise Misplaced(
             f"runtime {runtime.name!r} has no chat page, and so no sessions; leave it out", *keys, "session_store"
         )
-    for key in sorted(
-        {key for key in PLACEHOLDERS.values() if key} & service.model_fields_set - runtime.told - {"gpus", "drain_s"}
-    ):
+    said = {"kv_gib" if key == "kv_share" else key for key in service.model_fields_set}
+    for key in sorted({key for key in PLACEHOLDERS.values() if key} & said - runtime.told - {"gpus", "drain_s"}):
         raise Misplaced(
             f"runtime {runtime.name!r} has no such setting, and the value would be lost; leave it out", *keys, key
         )

@@ -93,6 +93,25 @@ def test_the_command_adds_a_batch_to_the_stacks_manifests(tmp_path: Path) -> Non
     assert made["spec"]["completions"] == 3
 
 
+def test_the_command_takes_over_the_cache_that_a_service_leaves_to_the_planner(
+    changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = changed("prod", {"services.0.kv_share": 0.5})
+    document = yaml.safe_load(file.read_text())
+    del document["config"]["slipway:services"][0]["kv_gib"]
+    stacks = tmp_path / "project" / "stacks"
+    stacks.mkdir(parents=True)
+    (stacks / file.name).write_text(yaml.safe_dump(document))
+    (stacks.parent / "Pulumi.yaml").touch()
+    monkeypatch.chdir(stacks.parent)
+    words = ["batch", "s3://a/in.jsonl", "s3://a/out", "-s", "prod", "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    (made,) = [yaml.safe_load(path.read_text()) for path in (tmp_path / "out").glob("*-job-batch-batch-*.yaml")]
+    words = made["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert int(words[words.index("--kv-bytes") + 1]) > 10 << 30
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

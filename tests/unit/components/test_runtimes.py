@@ -206,6 +206,22 @@ def test_what_the_service_says_reaches_the_runtime_and_what_it_does_not_say_is_l
     assert "--max-model-len" not in said
 
 
+def test_a_share_of_memory_is_told_in_each_runtimes_own_measure(served: Callable[..., Objects]) -> None:
+    """What the plan says is what runs: nobody is told a share of his own meaning, as `--gpu-memory-utilization` is."""
+    said: dict[str, int] = {}
+    for runtime, flag in (
+        ("slipway", "--kv-bytes"),
+        ("vllm", "--kv-cache-memory-bytes"),
+        ("sglang", "--max-total-tokens"),
+    ):
+        words = server(served(runtime, model="llama3-8b", kv_share=0.5, max_model_len=4096))["command"]
+        said[flag] = int(words[words.index(flag) + 1])
+    # The half of what is left of an L40S (48 GB) beside 15 GiB of weights.
+    assert 10 << 30 < said["--kv-bytes"] == said["--kv-cache-memory-bytes"] < 16 << 30
+    # 32 layers, keys and values of 8 heads of 128 in bfloat16: 128 KiB a token.
+    assert said["--max-total-tokens"] == said["--kv-bytes"] >> 17
+
+
 def test_ranks_of_a_replica_share_memory_and_the_cache(served: Callable[..., Objects]) -> None:
     objects = served(
         "vllm",
@@ -270,6 +286,8 @@ def test_a_stacks_own_row_takes_the_place_of_one_that_comes_with_slipway(served:
         ("vllm", {"api_keys_secret": "keys"}, "services.0.api_keys_secret: runtime 'vllm' has no such setting"),
         ("sglang", {"max_queued_tokens": 100}, "services.0.max_queued_tokens: runtime 'sglang' has no such setting"),
         ("triton", {"kv_gib": 4}, "services.0.kv_gib: runtime 'triton' has no such setting"),
+        ("triton", {"kv_share": 0.5}, "services.0.kv_gib: runtime 'triton' has no such setting"),
+        ("vllm", {"kv_gib": 4, "kv_share": 0.5}, "services.0.kv_share: kv_gib says how large the cache is already"),
         (
             "slipway",
             {"gpus": 2, "adapters": [{"name": "sql", "model": "sql"}]},

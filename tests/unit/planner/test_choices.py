@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from infra.catalog import instance, models
-from infra.checks import check, memory
+from infra.checks import check
 from infra.cli.main import app
 from infra.planner import plan, to_json
-from infra.planner.layouts import MARGIN, best_layout
+from infra.planner.estimate import MARGIN
+from infra.planner.layouts import best_layout
 from infra.planner.run import check_layout
 from infra.planner.search import Found, cheapest_serving, cheapest_training, of_cloud
 from infra.planner.serve_memory import FORMATS
@@ -100,6 +101,8 @@ def stack(*, training: dict[str, Any] | None = None, service: dict[str, Any] | N
     values = load(ROOT / "stacks" / "Pulumi.prod.yaml").model_dump(mode="json")
     values["training"] |= training or {}
     values["services"][0] |= service or {}
+    if service and "kv_share" in service:
+        del values["services"][0]["kv_gib"]
     for pool in values["node_pools"]:
         pool["instance"] = pools.get(pool["name"], pool["instance"])
     return Stack.model_validate(values)
@@ -116,6 +119,7 @@ SERVED = {"autoscaling": None, "replicas": "auto", "traffic": {"rps": 30.0}}
         stack(training=LEFT_OPEN, train="auto"),
         stack(service=SERVED, serve="auto"),
         stack(training=LEFT_OPEN, service=SERVED, train="auto", serve="auto"),
+        stack(service=SERVED | {"kv_share": 0.9}, serve="auto"),
     ],
 )
 def test_auto_passes_the_checks_and_says_why(given_stack: Stack) -> None:
@@ -127,8 +131,18 @@ def test_auto_passes_the_checks_and_says_why(given_stack: Stack) -> None:
     json.dumps(to_json(planned), allow_nan=False)
 
 
-def test_the_margin_is_that_of_the_checks() -> None:
-    assert memory.MARGIN == MARGIN
+@settings(max_examples=20, deadline=None)
+@given(share=st.floats(0.01, 0.999), gpus=st.sampled_from([0, 1]))
+def test_a_share_for_the_cache_is_what_the_checks_let_it_have_and_no_more(share: float, gpus: int) -> None:
+    """On a GPU of its memory, without one of the container's; whoever asks for more is refused."""
+    given_stack = stack(service={"kv_share": share, "gpus": gpus, "max_model_len": 16})
+    planned = plan(given_stack)
+    assert [finding for finding in check(given_stack, planned) if finding.severity == "error"] == []
+    (service,), (found,) = planned.stack.services, planned.services
+    assert found.memory is not None
+    free_gib = MARGIN * found.memory_limit_gib - found.memory.value + service.kv_gib
+    assert service.kv_gib == pytest.approx(share * free_gib, abs=0.001)
+    assert f"{share:.0%}" in planned.chosen[0].why
 
 
 def test_a_stack_that_leaves_nothing_open_stays_as_it_is(stack_path: Path) -> None:
@@ -148,6 +162,7 @@ def test_a_stack_that_leaves_nothing_open_stays_as_it_is(stack_path: Path) -> No
         ),
         (stack(service={"replicas": "auto"}), "leave replicas out"),
         (stack(service=SERVED | {"slo": {"ttft_p95_s": 0.0001}}), "raise slo"),
+        (stack(service={"model": "nobodys", "kv_share": 0.5}), "kv_share: a share needs a model of this stack"),
         (stack(service={"gpus": 0}, serve="auto"), "asks for no GPU"),
         (stack(training={"parallelism": {"fsdp": 3}}), "does not divide 16 ranks; the nearest that does is 2"),
         (
