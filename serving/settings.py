@@ -136,9 +136,11 @@ def parser() -> argparse.ArgumentParser:
         "--kv-share", type=_share, metavar="SHARE",
         help="the same as a share of what is free beside the weights: 0.8. By default what --max-num-seqs need, 0.5 at most",
     )  # fmt: skip
+    # A URL may hold a password, which a command line would show to every process of the machine.
     p.add_argument(
-        "--kv-spill", type=_spill, metavar="BYTES|URL", help="keep prefixes that leave that memory: 4GiB, redis://host"
-    )
+        "--kv-spill", type=_spill, metavar="BYTES|URL", default=os.environ.get("KV_SPILL_URL"),
+        help="keep prefixes that leave that memory: 4GiB, redis://host",
+    )  # fmt: skip
     p.add_argument(
         "--engine", choices=("torch", "onnx"), default=Settings.engine, help="onnx: the package's model.onnx"
     )
@@ -186,7 +188,6 @@ def _add_service_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-request-s", type=_seconds, metavar="S", default=Settings.max_request_s, help="then 504")
     p.add_argument("--min-free-bytes", type=parse_bytes, metavar="BYTES", default=Settings.min_free_bytes)
     p.add_argument("--api-keys", metavar="FILE", help="hashed API keys, made by `python -m serving.auth NAME`")
-    # A URL may hold a password, which a command line would show to every process of the machine.
     store = os.environ.get("SESSION_STORE_URL")
     p.add_argument("--session-store", metavar="URL", default=store, help="redis://…, for the chat page's sessions")
     p.add_argument("--files-dir", metavar="DIR", help="keeps files and batches there, and answers their routes")
@@ -215,6 +216,6 @@ def parse(argv: Sequence[str]) -> Settings:
 def _refuse(p: argparse.ArgumentParser, known: argparse.Namespace, names: Sequence[str], *, beside: str) -> None:
     """Raises `Refused` for flags that were given and cannot be `beside` another."""
     for action in p._actions:
-        if action.dest in names and getattr(known, action.dest) != p.get_default(action.dest):
+        if action.dest in names and getattr(known, action.dest) not in (getattr(Settings, action.dest), []):
             flag = action.option_strings[0]
             raise Refused(f"{flag} cannot be used with {beside}", where="command line", fix="Leave one of them out")

@@ -25,11 +25,17 @@ class Format:
     bits: float
     """Bits a weight, with scales."""
     head_too: bool
-    """The output head is stored so too (else it and the embeddings stay in 16 bits)."""
+    """The output head is stored so too."""
+    wide_bits: int = 16
+    """Bits of the embeddings and norms, and of a head that is not stored so."""
+
+    @property
+    def head_bits(self) -> float:
+        return self.bits if self.head_too else self.wide_bits
 
 
 FORMATS = {
-    "fp32": Format("fp32", 32, True),
+    "fp32": Format("fp32", 32, True, wide_bits=32),
     "bf16": Format("bf16", 16, True),
     "fp8": Format("fp8", 8, False),
     "int8": Format("int8", 8, True),
@@ -46,8 +52,7 @@ def format_of(name: str) -> Format:
 
 def weight_bytes(shape: Shape, *, form: Format, tp: int = 1, pp: int = 1) -> float:
     """Bytes of weights on each of tp·pp GPUs (the mean over stages); norms are whole on every TP rank."""
-    head = shape.embedding * (form.bits / 8 if form.head_too else max(2, form.bits / 8))
-    wide = max(2, form.bits / 8) if form.name != "fp32" else 4
+    head, wide = shape.embedding * form.head_bits / 8, form.wide_bits / 8
     embedding = 0 if shape.tied else shape.embedding * wide
     matrices = shape.matrices * form.bits / 8
     rest = shape.parameters - shape.matrices - (1 if shape.tied else 2) * shape.embedding
@@ -57,7 +62,7 @@ def weight_bytes(shape: Shape, *, form: Format, tp: int = 1, pp: int = 1) -> flo
 def streamed_bytes(shape: Shape, *, form: Format, tp: int = 1) -> float:
     """Bytes of weights that one decoding step reads on each TP rank at most, all stages together: all but the input
     embedding."""
-    head = shape.embedding * (form.bits / 8 if form.head_too else max(2, form.bits / 8))
+    head = shape.embedding * form.head_bits / 8
     return (shape.matrices * form.bits / 8 + head) / tp
 
 

@@ -158,4 +158,8 @@ def test_flags_and_environment_become_settings(monkeypatch: pytest.MonkeyPatch) 
     asked = settings.parse(["m", "--kv-bytes", "1.5GiB", "--served-name", "x"])
     assert (asked.port, asked.kv_bytes, asked.served_name) == (8123, 3 * 2**29, "x")
     assert settings.parse(["m", "--port", "1"]).port == 1
+    monkeypatch.setenv("KV_SPILL_URL", "redis://:secret@store")
+    assert settings.parse(["m"]).kv_spill == "redis://:secret@store"
+    with pytest.raises(Refused, match="--kv-spill cannot be used with"):
+        settings.parse(["m", "--tensor-parallel-size", "2"])
     json.dumps(vars(asked))
