@@ -1,5 +1,6 @@
 """The engine: sequences in, text out, one `step()` at a time. Knows no HTTP and no process; usable offline."""
 
+import math
 import os
 import random
 import time
@@ -18,6 +19,7 @@ from serving.engine.parts import Parts
 from serving.engine.scheduler import Scheduled, Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.structure import Matcher, Structures
+from serving.errors import Refused
 from serving.model.config import ModelConfig
 from serving.pressure import MemoryWatch
 from serving.settings import Settings
@@ -40,7 +42,7 @@ class Engine:
             max_step_tokens=max(parts.step_tokens, settings.max_num_seqs),
             speculate_tokens=settings.speculate_tokens,
         )
-        self.tokenizer, self.structures = tokenizer, structures
+        self.tokenizer, self.structures, self._model = tokenizer, structures, settings.model
         self.sequences: dict[int, Sequence] = {}
         self._memory = MemoryWatch(settings.min_free_bytes)
         self._refused: list[Output] = []
@@ -104,19 +106,30 @@ class Engine:
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Makes a few tokens: memory is touched, the weights give numbers, and the pace knows how long steps take.
+        """Makes a few tokens: memory is touched, and the pace knows how long steps take. Raises `Refused` (see below).
 
         The prompts are random, so that no prefix is found again and none is in anybody's way.
         """
         chance = random.Random(0)  # noqa: S311
         for count, length in WARM_UP:
-            length = min(length, self.max_model_len - 1)
+            length = min(length, self.max_model_len // 2)
             prompts = [[chance.randrange(self.vocab_size) for _ in range(length)] for _ in range(count)]
             most = min(WARM_UP_STEPS, self.max_model_len - length)
             self.generate(prompts, SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True))
         self.scheduler.pace.settle()
+        self._check_numbers()
         self.scheduler.prefix_hit_tokens = self.scheduler.prefix_miss_tokens = 0  # no request was among them
         self._output_tokens = 0
+
+    def _check_numbers(self) -> None:
+        """Raises `Refused` for weights that give none, as of a training that diverged."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0)
+        self.add(0, [0], params, arrived_s=time.monotonic())
+        (output,) = self.step()
+        if not math.isfinite(output.cumulative_logprob):
+            raise Refused(
+                "the weights give no numbers", where=self._model, fix="Export the model again, or an earlier one"
+            )
 
     def step(self) -> list[Output]:
         begin_s = time.perf_counter()

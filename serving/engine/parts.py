@@ -33,6 +33,7 @@ from serving.settings import Settings
 
 BLOCK_SIZE = 16  # tokens: small enough to waste little, large enough that a gather copies long runs
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # the most that a step computes
+LEAST_MODEL_LEN = 16
 KV_MEMORY_SHARE = 0.5  # the most of what is free once the weights are loaded, unless the settings say
 
 
@@ -186,6 +187,9 @@ def checked_model_len(settings: Settings, config: ModelConfig, *, where: str) ->
     if asked > config.max_positions:
         what = f"--max-model-len {asked} is beyond the model's {config.max_positions} positions"
         raise Refused(what, where=where, fix=f"Give at most {config.max_positions}")
+    if asked < LEAST_MODEL_LEN:
+        what = f"{asked} tokens of prompt and answer together are too few to serve"
+        raise Refused(what, where="--max-model-len", fix=f"Give at least {LEAST_MODEL_LEN}")
     return asked
 
 

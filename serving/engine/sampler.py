@@ -14,6 +14,9 @@ from serving.engine.messages import TokenLogprob
 from serving.engine.sequence import Sequence
 from serving.engine.structure import mask
 
+SMALLEST_TEMPERATURE = 1e-30  # what is smaller may be 0 in float32: it takes the likeliest all the same
+FINITE = 1e30  # the largest logit that a penalty makes, so that differences of two are numbers
+
 
 def sample(logits_BV: Tensor, seqs: Seq[Sequence]) -> list[int]:
     """The next token of each sequence. `temperature` 0 takes the most likely; each other row draws from its own rng."""
@@ -60,7 +63,7 @@ def _penalise(logits_BV: Tensor, seqs: Seq[Sequence]) -> Tensor:
     in_answer = count([seq.token_ids[seq.num_prompt :] for seq in seqs])
     anywhere = in_answer + count([seq.token_ids[: seq.num_prompt] for seq in seqs]) > 0
     repetition = column([seq.params.repetition_penalty for seq in seqs])
-    repeated = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
+    repeated = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition).clamp(-FINITE, FINITE)
     logits_BV = torch.where(anywhere, repeated, logits_BV)
     frequency = column([seq.params.frequency_penalty for seq in seqs])
     presence = column([seq.params.presence_penalty for seq in seqs])
@@ -69,7 +72,7 @@ def _penalise(logits_BV: Tensor, seqs: Seq[Sequence]) -> Tensor:
 
 def _draw(logits_BV: Tensor, seqs: Seq[Sequence]) -> Tensor:
     device = logits_BV.device
-    temperature = torch.tensor([seq.params.temperature for seq in seqs], device=device)
+    temperature = torch.tensor([max(seq.params.temperature, SMALLEST_TEMPERATURE) for seq in seqs], device=device)
     uniform = torch.tensor([seq.rng.random() for seq in seqs], dtype=torch.float64, device=device)
     # The largest logit is taken away before the division, which a tiny temperature would turn into inf − inf.
     shifted = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
@@ -92,7 +95,7 @@ def _draw_cut(probs_BV: Tensor, uniform_B: Tensor, seqs: Seq[Sequence]) -> Tenso
     total = mass.gather(1, top_k[:, None] - 1)
     kept = (mass - ordered < top_p[:, None] * total).sum(dim=-1).clamp(min=1).minimum(top_k)
     min_p = torch.tensor([seq.params.min_p for seq in seqs], dtype=probs_BV.dtype, device=probs_BV.device)
-    kept = kept.minimum((ordered >= min_p[:, None] * ordered[:, :1]).sum(dim=-1))
+    kept = kept.minimum((ordered >= min_p[:, None] * ordered[:, :1]).sum(dim=-1)).clamp(min=1)
     positions = torch.arange(vocab, device=probs_BV.device)
     end = mass.gather(1, kept[:, None] - 1)
     drawn = _invert(torch.where(positions < kept[:, None], mass, end), uniform_B)
@@ -100,10 +103,13 @@ def _draw_cut(probs_BV: Tensor, uniform_B: Tensor, seqs: Seq[Sequence]) -> Tenso
 
 
 def _invert(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first index whose cumulative mass exceeds `uniform` of the total, so never one of probability 0."""
+    """The first index whose cumulative mass exceeds `uniform` of the total, so never one of probability 0.
+
+    Where a model has overflowed and nothing is a number it is an index all the same, which harms no other row.
+    """
     total = mass_BV[:, -1:]
     target = torch.minimum(uniform_B[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass_BV, target, right=True)[:, 0]
+    return torch.searchsorted(mass_BV, target, right=True)[:, 0].clamp(max=mass_BV.shape[1] - 1)
 
 
 def logprobs(logits_BV: Tensor, tokens: Seq[int], *, top: int, offsets: Seq[int]) -> list[TokenLogprob]:

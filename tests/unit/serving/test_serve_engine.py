@@ -256,8 +256,10 @@ def test_memory_for_less_than_one_sequence_is_refused(tmp_path: Path) -> None:
     root = make_package(tmp_path / "p")
     with pytest.raises(Refused, match=r"--kv-bytes \d+"):
         Engine.load(root, Settings(model=str(root), kv_bytes=1000))
-    with pytest.raises(Refused, match="at most 256"):
-        Engine.load(root, Settings(model=str(root), max_model_len=257))
+    for length, says in ((257, "at most 256"), (15, "at least 16")):
+        with pytest.raises(Refused, match=says):
+            Engine.load(root, Settings(model=str(root), max_model_len=length))
+    Engine.load(root, Settings(model=str(root), max_model_len=16)).warm_up()
 
 
 def test_keys_and_values_have_their_share_of_the_free_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

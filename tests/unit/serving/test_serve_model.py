@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_packages import make_package
 
 from serving.engine.attention import KVPool, StepAttention
 from serving.engine.attention_cpu import CpuPool
+from serving.engine.engine import Engine
 from serving.engine.messages import SamplingParams
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
@@ -19,6 +21,7 @@ from serving.model.llama import Linear, Llama, rope_table
 from serving.model.packed import PackedBlocks, pack
 from serving.model.quantized import GROUP, quantize, quantize_layers
 from serving.model.weights import load
+from serving.settings import Settings
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPE = {
@@ -102,6 +105,12 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "no place"),
         ({"hidden_size": "wide"}, "cannot be read"),
+        ({"num_attention_heads": 0}, "0 is no size"),
+        ({"num_hidden_layers": 10**9}, "is no size"),
+        ({"vocab_size": float("inf")}, "inf is no size"),
+        ({"rms_norm_eps": float("nan")}, "nan is no number"),
+        ({"head_dim": 15}, "15 values of a head"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "kind of layer"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(change: dict, says: str, tmp_path: Path) -> None:
@@ -109,6 +118,16 @@ def test_a_config_that_does_not_fit_is_refused(change: dict, says: str, tmp_path
     (root / "config.json").write_text(json.dumps({**json.loads((root / "config.json").read_text()), **change}))
     with pytest.raises(Refused, match=says):
         read(root)
+
+
+def test_weights_that_give_no_numbers_are_refused_at_load(tmp_path: Path) -> None:
+    """As of a training that diverged: each answer would be the same token, and the server would call itself ready."""
+    root = make_package(tmp_path / "p")
+    weights = load_file(root / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(weights, root / "model.safetensors")
+    with pytest.raises(Refused, match="no numbers"):
+        Engine.load(root, Settings(model=str(root), kv_bytes=1 << 22)).warm_up()
 
 
 def test_a_truncated_weight_file_is_refused_by_name(tmp_path: Path) -> None:

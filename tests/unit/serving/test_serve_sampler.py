@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engine.messages import SamplingParams
@@ -61,6 +61,37 @@ def test_a_row_is_sampled_alike_alone_and_in_any_batch(rows: list[tuple[float, f
     for (temperature, _, top_k, _), token, row in zip(rows, together, logits, strict=True):
         rank = int((row > row[token]).sum())
         assert rank == 0 if temperature <= 1e-6 else rank < (top_k or 40)
+
+
+BOUNDS = {
+    "temperature": (0.0, 5e-324, 1e-40, 1e-6, 2.0), "top_p": (5e-324, 1e-9, 1.0), "top_k": (0, 1, 2**31),
+    "min_p": (0.0, 5e-324, 1.0), "repetition_penalty": (5e-324, 1e-40, 1e-20, 1.0, 2.0),
+    "presence_penalty": (-2.0, 0.0, 2.0), "frequency_penalty": (-2.0, 0.0, 2.0),
+    "logit_bias": ((), ((1, 100.0), (2, -100.0))),
+}  # fmt: skip
+
+
+@given(rows=st.lists(st.fixed_dictionaries({k: st.sampled_from(v) for k, v in BOUNDS.items()}), min_size=1, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_whatever_is_asked_for_a_token_of_the_vocabulary_is_drawn(rows: list[dict]) -> None:
+    """At the bounds of what a request may say, and beside a row whose model has overflowed."""
+    g = torch.Generator().manual_seed(0)
+    broken = torch.full((1, 6), torch.nan)
+    logits = torch.cat((torch.randn(len(rows), 6, generator=g) * 30, broken, broken))
+
+    def sequences() -> list[Sequence]:
+        made = [sequence(seed=1, **row) for row in [*rows, {}, {"top_p": 0.5}]]
+        for seq in made:
+            seq.token_ids += [0, 1, 1, 2, 3, 4, 5]
+        return made
+
+    together = sample(logits, sequences())
+    assert all(0 <= token < 6 for token in together)
+    assert together == [sample(logits[i : i + 1], [seq])[0] for i, seq in enumerate(sequences())]
+
+
+def test_so_little_temperature_that_it_is_none_leaves_nothing_to_chance() -> None:
+    assert shares(count=50, temperature=5e-324)[0] == 1
 
 
 def test_an_impossible_token_is_never_drawn() -> None:
