@@ -8,6 +8,7 @@ written out in the order of the input, beside their place first. Of the servers 
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import tempfile
@@ -25,6 +26,8 @@ LOOK_AGAIN_S = 0.5
 RETRY_S = 0.5  # doubles with each try, up to …
 RETRY_MAX_S = 30.0
 BUG_TRIES = 3  # a 500 that comes this often is the line's fault
+MOST_LINES = 50_000  # in one batch: OpenAI's
+LINE_LIMIT_BYTES = 4 << 20  # a million tokens as text; reading more JSON at once would hold up who is being answered
 FINAL = ("completed", "failed", "cancelled")
 
 
@@ -42,16 +45,21 @@ class Batch:
     failed: int = 0
     output_file_id: str | None = None
     error_file_id: str | None = None
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
     finished_at: int | None = None
     metadata: dict[str, str] | None = None
     key: str = ""  # whose quota the answers are charged to
+    problem: str | None = None  # why it failed
 
     def body(self) -> dict[str, Any]:
-        hidden = ("owner", "key", "total", "completed", "failed", "finished_at")
+        hidden = ("owner", "key", "total", "completed", "failed", "finished_at", "problem")
         described = {key: value for key, value in asdict(self).items() if key not in hidden}
         counts = {"total": self.total, "completed": self.completed, "failed": self.failed}
         ended = {f"{self.status}_at": self.finished_at} if self.status in FINAL else {}
-        return {**described, **ended, "object": "batch", "errors": None, "request_counts": counts}
+        error = {"code": "invalid_input", "message": self.problem, "param": "input_file_id", "line": None}
+        errors = None if self.problem is None else {"object": "list", "data": [error]}
+        return {**described, **ended, "object": "batch", "errors": errors, "request_counts": counts}
 
 
 Answered = tuple[int, str, dict[str, Any]]  # status, request id, body
@@ -170,30 +178,33 @@ class BatchRunner:
 
     async def _work_on(self, batch: Batch) -> None:
         lines = await asyncio.to_thread(_read_lines, self.store.files.data(batch.input_file_id))
-        if not lines:
-            self.store.finish(replace(batch, status="failed"))
+        problem = "The input file has no lines, or has been deleted" if not lines else None
+        if len(lines) > MOST_LINES:
+            problem = f"The input file has more than {MOST_LINES} lines; split it, or use `slipway batch`"
+        if problem is not None:
+            self.store.finish(replace(batch, status="failed", problem=problem))
             return
         journal = Journal(self.store.journal(batch.id))
         try:
-            batch = replace(batch, status="in_progress", total=len(lines))
+            began = batch.in_progress_at or int(time.time())
+            batch = replace(batch, status="in_progress", total=len(lines), in_progress_at=began)
             await self._answer_all(batch, lines, journal)
+            batch = replace(batch, status="finalizing", finalizing_at=int(time.time()))
+            self.store.save(_counted(batch, journal))
             await asyncio.to_thread(self._write_out, batch, journal)
         finally:
             journal.close()
 
     async def _answer_all(self, batch: Batch, lines: list[bytes], journal: Journal) -> None:
         """Answers what is not in the journal yet, many lines at a time. Returns early when the batch is cancelled."""
-        seen: set[str] = set()
-        todo = ((n, request_of(raw, batch.endpoint, seen)) for n, raw in enumerate(lines))
-        waiting = iter([(n, request) for n, request in todo if n not in journal.places])
+        waiting = (found for found in _requests(lines, batch.endpoint) if found[0] not in journal.places)
         running: set[asyncio.Task[None]] = set()
         next_save_s = 0.0
         try:
             while not self.store.cancelled(batch.id):
-                for n, request in waiting:
+                more = itertools.islice(waiting, CONCURRENCY - len(running))
+                for n, request in await asyncio.to_thread(list, more):
                     running.add(asyncio.create_task(self._answer_line(batch, n, request, journal)))
-                    if len(running) == CONCURRENCY:
-                        break
                 if not running:
                     return
                 done, running = await asyncio.wait(running, timeout=LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
@@ -282,6 +293,16 @@ def request_of(raw: bytes, endpoint: str, seen: set[str]) -> Request:
     if not isinstance(line.get("body"), dict):
         return Request(custom_id, problem="'body' must be an object")
     return Request(custom_id, body=line["body"])
+
+
+def _requests(lines: list[bytes], endpoint: str) -> "Iterator[tuple[int, Request]]":
+    """(line's number, what it asks) of each line, read when it is wanted."""
+    seen: set[str] = set()
+    for n, raw in enumerate(lines):
+        if len(raw) > LINE_LIMIT_BYTES:
+            yield n, Request(None, problem=f"The line is longer than {LINE_LIMIT_BYTES} bytes")
+        else:
+            yield n, request_of(raw, endpoint, seen)
 
 
 def _read_lines(path: Path) -> list[bytes]:

@@ -13,6 +13,11 @@ def _list(of: Schema) -> Schema:
     return {"type": "array", "items": of}
 
 
+def _page(of: Schema) -> Schema:
+    ends = {"first_id": MAYBE_STRING, "last_id": MAYBE_STRING}
+    return _object(object=_const("list"), data=_list(of), has_more={"type": "boolean"}, **ends)
+
+
 def _const(value: str) -> Schema:
     return {"type": "string", "const": value}
 
@@ -57,12 +62,13 @@ COUNTS = _object(total=INTEGER, completed=INTEGER, failed=INTEGER)
 FILE = _object(
     id=STRING, object=_const("file"), bytes=INTEGER, created_at=INTEGER, filename=STRING, purpose=STRING, status=STRING
 )
-FILES = _object(object=_const("list"), data=_list(FILE), has_more={"type": "boolean"})
+FILES = _page(FILE)
 BATCH = _object(
     id=STRING, object=_const("batch"), endpoint=STRING, input_file_id=STRING, completion_window=STRING, status=STRING,
     created_at=INTEGER, request_counts=COUNTS, output_file_id=MAYBE_STRING, error_file_id=MAYBE_STRING,
+    errors=MAYBE_OBJECT,
 )  # fmt: skip
-BATCHES = _object(object=_const("list"), data=_list(BATCH), has_more={"type": "boolean"})
+BATCHES = _page(BATCH)
 DELETED = _object(id=STRING, object=STRING, deleted={"type": "boolean"})
 SESSION = _object(user=MAYBE_STRING, login_required={"type": "boolean"}, model=STRING)
 CONVERSATION = _object(id=STRING, title=STRING, messages=_list(_object(role=STRING, content=STRING)), changed_s=NUMBER)

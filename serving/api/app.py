@@ -19,7 +19,7 @@ from serving.api.document import install, path_parameter, takes
 from serving.api.embeddings import Embeddings, detokenize, tokenize
 from serving.api.errors import ApiError, documented
 from serving.api.gate import Gate
-from serving.api.generation import Generation
+from serving.api.generation import Generation, take_quota
 from serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -53,7 +53,7 @@ class Answer(Protocol):
 
 def create_app(context: Context, batches: BatchStore | None) -> FastAPI:
     """The public application; without a store it has no files and no batches."""
-    app = FastAPI(title="Slipway serving", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Slipway serving", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, context=context)
     _add_probes(app, context)
     _add_models(app, context)
@@ -173,12 +173,14 @@ def _add_text(app: FastAPI, context: Context) -> None:
         "/v1/tokenize", responses={200: answers.of(answers.TOKENS), **errors}, openapi_extra=takes(TokenizeRequest)
     )
     async def _tokenize(request: Request) -> JSONResponse:
+        take_quota(Caller.of(request))
         return JSONResponse(await tokenize(context, await _read(context, TokenizeRequest, request)))
 
     @app.post(
         "/v1/detokenize", responses={200: answers.of(answers.TEXT), **errors}, openapi_extra=takes(DetokenizeRequest)
     )
     async def _detokenize(request: Request) -> JSONResponse:
+        take_quota(Caller.of(request))
         return JSONResponse(await detokenize(context, await _read(context, DetokenizeRequest, request)))
 
 
@@ -235,4 +237,5 @@ def _add_errors(app: FastAPI, context: Context) -> None:
         requests.labels("error").inc()
         caller: Caller = request.scope["caller"]
         logs.event("error", level="error", message=f"{type(error).__name__}: {error}", id=caller.request_id)
-        return ApiError(500, "The server failed to answer; its log has the reason").response()
+        told = {"x-request-id": caller.request_id}  # by this the log is searched; the gate has been left
+        return ApiError(500, "The server failed to answer; its log has the reason", headers=told).response()

@@ -17,13 +17,14 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message
 
-from serving.api import answers
+from serving.api import answers, pages
 from serving.api.chat import Chat
 from serving.api.completions import Completion
 from serving.api.context import Caller, Context, caller_with
 from serving.api.document import path_parameter, takes
 from serving.api.embeddings import Embeddings
 from serving.api.errors import ApiError, bad_request, documented
+from serving.api.generation import take_quota
 from serving.api.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Strict, parse
 from serving.api.sse import ClientGone, read_body
 from serving.auth import PRIORITIES
@@ -37,8 +38,11 @@ BATCH_ID = re.compile(r"batch-[0-9a-f]{24}")
 UPLOAD = {
     "type": "object",
     "required": ["file", "purpose"],
+    "additionalProperties": False,
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "const": "batch"}},
 }
+MOST_FILES, MOST_BATCHES, BATCHES_BY_DEFAULT = 10_000, 100, 20  # in a page: OpenAI's
+PURPOSE = {"name": "purpose", "in": "query", "required": False, "schema": {"type": "string"}}
 ERRORS = documented(400, 401, 404, 503)
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
@@ -122,10 +126,11 @@ def _add_files(app: FastAPI, files: FileStore) -> None:
 
     @app.post(
         "/v1/files",
-        responses={200: answers.of(answers.FILE), **ERRORS, **documented(408, 413)},
+        responses={200: answers.of(answers.FILE), **ERRORS, **documented(408, 413, 429)},
         openapi_extra=takes(UPLOAD, media_type="multipart/form-data"),
     )
     async def upload(request: Request) -> JSONResponse:
+        take_quota(Caller.of(request))
         try:
             async with asyncio.timeout(UPLOAD_TIMEOUT_S):
                 file = await _receive(request, files)
@@ -133,10 +138,16 @@ def _add_files(app: FastAPI, files: FileStore) -> None:
             raise ApiError(408, f"The upload did not come within {UPLOAD_TIMEOUT_S:g} seconds") from None
         return JSONResponse(file.body())
 
-    @app.get("/v1/files", responses={200: answers.of(answers.FILES), **ERRORS})
+    @app.get(
+        "/v1/files",
+        responses={200: answers.of(answers.FILES), **ERRORS},
+        openapi_extra={"parameters": [PURPOSE, *pages.parameters(most=MOST_FILES)]},
+    )
     async def listed(request: Request) -> JSONResponse:
         found = await asyncio.to_thread(files.all, owner=Caller.of(request).tenant)
-        return JSONResponse({"object": "list", "data": [file.body() for file in found], "has_more": False})
+        purpose = request.query_params.get("purpose")
+        bodies = [file.body() for file in found if purpose in (None, file.purpose)]
+        return pages.page(request, bodies, most=MOST_FILES, default=MOST_FILES)
 
     @app.get("/v1/files/{file_id}", responses={200: answers.of(answers.FILE), **ERRORS}, openapi_extra=one)
     async def retrieve(request: Request) -> JSONResponse:
@@ -162,12 +173,13 @@ def _add_batches(app: FastAPI, store: BatchStore) -> None:
 
     @app.post(
         "/v1/batches",
-        responses={200: answers.of(answers.BATCH), **ERRORS, **documented(408, 413)},
+        responses={200: answers.of(answers.BATCH), **ERRORS, **documented(408, 413, 429)},
         openapi_extra=takes(BatchRequest),
     )
     async def create(request: Request) -> JSONResponse:
-        body = parse(BatchRequest, await read_body(request, limit_bytes=64 << 10, timeout_s=30))
         caller = Caller.of(request)
+        take_quota(caller)
+        body = parse(BatchRequest, await read_body(request, limit_bytes=64 << 10, timeout_s=30))
         if store.files.get(body.input_file_id, owner=caller.tenant) is None:
             raise ApiError(404, "There is no such file", param="input_file_id", code="not_found")
         batch = store.create(
@@ -179,11 +191,15 @@ def _add_batches(app: FastAPI, store: BatchStore) -> None:
         )
         return JSONResponse(batch.body())
 
-    @app.get("/v1/batches", responses={200: answers.of(answers.BATCHES), **ERRORS})
+    @app.get(
+        "/v1/batches",
+        responses={200: answers.of(answers.BATCHES), **ERRORS},
+        openapi_extra={"parameters": pages.parameters(most=MOST_BATCHES)},
+    )
     async def listed(request: Request) -> JSONResponse:
         owner = Caller.of(request).tenant
         found = [batch.body() for batch in await asyncio.to_thread(store.all) if batch.owner == owner]
-        return JSONResponse({"object": "list", "data": found, "has_more": False})
+        return pages.page(request, found, most=MOST_BATCHES, default=BATCHES_BY_DEFAULT)
 
     @app.get("/v1/batches/{batch_id}", responses={200: answers.of(answers.BATCH), **ERRORS}, openapi_extra=one)
     async def retrieve(request: Request) -> JSONResponse:
@@ -211,6 +227,8 @@ async def _receive(request: Request, files: FileStore) -> File:
                 raise bad_request("The form has no file", param="file")
             if form.get("purpose") != "batch":
                 raise bad_request("'purpose' must be 'batch'", param="purpose")
+            if unknown := sorted(set(form) - {"file", "purpose"}):
+                raise bad_request(f"unknown field '{unknown[0][:100]}'", param=unknown[0][:100])
             return await asyncio.to_thread(
                 files.add, file.file, owner=Caller.of(request).tenant, purpose="batch",
                 filename=(file.filename or "upload.jsonl")[:200],

@@ -32,11 +32,10 @@ class Chat:
     @classmethod
     async def start(cls, context: Context, body: ChatRequest, caller: Caller) -> "Chat":
         served = served_model(context, body.model)
-        tools = (body.tools or []) if body.tool_choice != "none" else []
-        ids = await chat_ids(served, body.messages, tools)
+        ids = await chat_ids(served, body.messages, body.callable_tools)
         max_tokens = room(served, ids, body.max_completion_tokens or body.max_tokens)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        structure = structure_of(tools, body.tool_choice)
+        structure = structure_of(body.callable_tools) if body.must_call else None
         sequences = [
             (
                 ids,
@@ -135,10 +134,9 @@ async def chat_ids(served: Served, messages: list[Message], tools: list[Tool]) -
 
 
 def _parser(request: ChatRequest) -> CallParser | None:
-    if not request.tools or request.tool_choice == "none":
-        return None
-    names = {tool.function.name for tool in request.tools}
-    return CallParser(names, forced=request.tool_choice not in (None, "auto"))
+    names = {tool.function.name for tool in request.callable_tools}
+    most_calls = 1 if request.parallel_tool_calls is False else None
+    return CallParser(names, forced=request.must_call, most_calls=most_calls) if names else None
 
 
 def _message(text: str, calls: list[Call]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import re
 import uuid
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import tracing
@@ -97,18 +97,17 @@ def is_open(path: str) -> bool:
 
 
 def session_token(headers: Mapping[str, str]) -> str:
-    """The session cookie's value, or nothing."""
-    try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return morsel.value if morsel is not None else ""
+    """The session cookie's value, or nothing. Beside it may be what another program of this host set, in any form."""
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
 
 
 def same_origin(headers: Mapping[str, str]) -> bool:
     """False when another site's page makes the browser ask: the cookie must not speak for that one."""
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    try:
+        return origin is None or urlsplit(origin).netloc == headers.get("host")
+    except ValueError:  # of an address that is none
+        return False
 
 
 def _deadline_s(headers: Headers) -> float | None:

@@ -100,7 +100,7 @@ class Generation:
         """Submits the sequences. Raises `ApiError`: 429 when the queue or the quota is full, 400 when it never fits."""
         submitted = sum(len(ids) for ids, _ in prompts)
         _admit(context, caller, served, submitted)
-        _take_quota(caller, usage_prompt_tokens)
+        take_quota(caller, usage_prompt_tokens)
         self.context, self.caller, self.served = context, caller, served
         self.created_s = int(time.time())
         self.prompt_tokens = usage_prompt_tokens
@@ -249,7 +249,8 @@ def _admit(context: Context, caller: Caller, served: Served, tokens: int) -> Non
         )
 
 
-def _take_quota(caller: Caller, prompt_tokens: int) -> None:
+def take_quota(caller: Caller, prompt_tokens: int = 0) -> None:
+    """Counts one request of the caller's. Raises `ApiError` (429) when that is more than the key may ask for."""
     if caller.quota is None:
         return
     short = caller.quota.admit(prompt_tokens)

@@ -3,11 +3,16 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 Name = Annotated[str, Field(max_length=256)]
 FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+Ignored = Annotated[
+    Any,
+    BeforeValidator(lambda _: None),
+    Field(description="Accepted, and used for nothing: no answer depends on it."),
+]
 
 
 class Part(BaseModel):
@@ -31,12 +36,14 @@ def plain(content: Content | None) -> str:
 class FunctionCall(Part):
     name: FunctionName
     arguments: Text  # JSON, as the model wrote it
+    parsed_arguments: Ignored = None  # the same, which OpenAI's client adds to what it got and sends back
 
 
 class ToolCall(Part):
     id: Name
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: Ignored = None  # in a stream
 
     def for_template(self) -> dict[str, Any]:
         """Templates write the arguments out as JSON themselves, so they want the object."""
@@ -60,11 +67,17 @@ class PromptMessage(Part):
 
 
 class AssistantMessage(Part):
+    """What a model said, also as OpenAI's client holds it: with fields that are empty, and what it read from the content."""
+
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
     refusal: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Ignored = None
+    parsed: Ignored = None
 
     def for_template(self) -> dict[str, Any]:
         calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
@@ -104,4 +117,16 @@ class NamedTool(Part):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class AllowedTools(Part):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class AllowedToolChoice(Part):
+    """`auto` or `required`, of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")]

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -20,7 +19,7 @@ from pydantic import (
 
 from serving.api.bounds import grammar_objection, regex_objection, schema_objection
 from serving.api.errors import bad_request
-from serving.api.messages import Message, Text, Tool, ToolChoice
+from serving.api.messages import AllowedToolChoice, Ignored, Message, NamedTool, Text, Tool, ToolChoice
 from serving.engine.messages import SamplingParams, Structure
 
 STRUCTURE_LIMIT_CHARS = 64 << 10  # of a schema, a regular expression or a grammar
@@ -43,11 +42,6 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NoSuffix = Annotated[str, AfterValidator(_without_suffix), WithJsonSchema({"type": "string", "const": ""})]
 Rule = Annotated[str, Field(min_length=1, max_length=STRUCTURE_LIMIT_CHARS)]
-Ignored = Annotated[
-    Any,
-    BeforeValidator(lambda _: None),
-    Field(description="Accepted, and used for nothing: no answer depends on it."),
-]
 
 
 def each(prompt: Prompt) -> list[str | list[int]]:
@@ -151,6 +145,7 @@ class GenerationRequest(Strict):
     store: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
     service_tier: Ignored = None
 
     @model_validator(mode="after")
@@ -241,7 +236,7 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: Ignored = None
+    parallel_tool_calls: bool | None = True
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "ChatRequest":
@@ -253,12 +248,38 @@ class ChatRequest(GenerationRequest):
         described = sum(len(json.dumps(tool.function.parameters)) for tool in self.tools or ())
         if described > TOOLS_LIMIT_CHARS:
             raise ValueError(f"the schemas of 'tools' are longer than {TOOLS_LIMIT_CHARS} characters together")
-        if not isinstance(self.tool_choice, str) and self.tool_choice is not None:
-            if self.tool_choice.function.name not in names:
-                raise ValueError(f"'tool_choice' names '{self.tool_choice.function.name}', which is not in 'tools'")
-        elif self.tool_choice == "required" and not names:
+        unknown = [name for name in self._chosen or () if name not in names]
+        if unknown:
+            raise ValueError(f"'tool_choice' names '{unknown[0]}', which is not in 'tools'")
+        if self.must_call and not names:
             raise ValueError("'tool_choice' is 'required' and there are no 'tools'")
         return self
+
+    @property
+    def _chosen(self) -> list[str] | None:
+        """The tools that `tool_choice` names; None where it names none."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return [function.name]
+            case AllowedToolChoice(allowed_tools=allowed):
+                return [tool.function.name for tool in allowed.tools]
+        return None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        chosen = self._chosen
+        return [tool for tool in self.tools or () if chosen is None or tool.function.name in chosen]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be a call, and nothing else."""
+        match self.tool_choice:
+            case AllowedToolChoice(allowed_tools=allowed):
+                return allowed.mode == "required"
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class EmbeddingRequest(Strict):

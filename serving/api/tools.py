@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.api.messages import NamedTool, Tool, ToolChoice
+from serving.api.messages import Tool
 from serving.api.protocol import json_structure
 from serving.engine.messages import Structure
 
@@ -33,12 +33,8 @@ class Call:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
-def structure_of(tools: Sequence[Tool], choice: ToolChoice | None) -> Structure | None:
+def structure_of(tools: Sequence[Tool]) -> Structure:
     """What an answer must look like when a call is demanded: `{"name", "arguments"}` of one of the tools."""
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    elif choice != "required":
-        return None
     options = [
         {
             "type": "object",
@@ -74,10 +70,10 @@ def introduce(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dic
 
 class CallParser:
     """Text in pieces in, text and calls out. Of what it returns nothing is taken back; joined, it is the same for
-    every way to cut the text into pieces."""
+    every way to cut the text into pieces. Of more than `most_calls` the first are told."""
 
-    def __init__(self, names: set[str], *, forced: bool) -> None:
-        self._names, self._forced = names, forced
+    def __init__(self, names: set[str], *, forced: bool, most_calls: int | None = None) -> None:
+        self._names, self._forced, self._most_calls = names, forced, most_calls
         self._held = ""
         # None: nothing but space so far. "text": as it is. "mark": inside <tool_call>. "whole": JSON from the start.
         self._state: str | None = "whole" if forced else None
@@ -101,8 +97,7 @@ class CallParser:
                 calls += found
                 self._state = "text"
             if (self._state, self._held) == before:
-                self.num_calls += len(calls)
-                return said, calls
+                return said, self._counted(calls)
 
     def flush(self) -> tuple[str, list[Call]]:
         """What was held when the answer ended: a call whose end was left out, or text after all.
@@ -113,10 +108,15 @@ class CallParser:
         held, self._held = self._held, ""
         if self._state in ("whole", "mark"):
             calls = self._read(held) or self._begun(held)
-            self.num_calls += len(calls)
             if calls or self._forced:
-                return "", calls
+                return "", self._counted(calls)
         return (OPEN if self._state == "mark" else "") + held, []
+
+    def _counted(self, calls: list[Call]) -> list[Call]:
+        if self._most_calls is not None:
+            calls = calls[: self._most_calls - self.num_calls]
+        self.num_calls += len(calls)
+        return calls
 
     def _take_text(self) -> str:
         """Text up to the next mark, less what may be the beginning of one."""

@@ -63,6 +63,10 @@ class City(pydantic.BaseModel):
     warm: bool
 
 
+class Choose(pydantic.BaseModel):
+    city: Literal["Oslo", "Rome"]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, start_server) -> Server:
     """A context that has room for the description of a tool, of which a byte is nearly a token here."""
@@ -106,6 +110,34 @@ def test_a_tool_that_is_required_is_called_whole_and_streamed(client: openai.Ope
         {"role": "tool", "tool_call_id": call.id, "content": "mild"},
     ]
     assert client.chat.completions.create(**{**ASK, "messages": answered}, tools=[WEATHER]).choices[0].message.content
+
+
+def test_what_openais_client_has_parsed_may_be_sent_back_to_it(client: openai.OpenAI) -> None:
+    chat, tools = client.chat.completions, [openai.pydantic_function_tool(Choose)]
+    said = chat.parse(**ASK, response_format=City).choices[0].message
+    called = chat.parse(**ASK, tools=tools, tool_choice="required").choices[0].message
+    (call,) = called.tool_calls or ()
+    assert isinstance(said.parsed, City)
+    assert isinstance(call.function.parsed_arguments, Choose)
+    with chat.stream(**ASK, tools=tools, tool_choice="required") as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    plain = chat.create(**ASK).choices[0].message.model_dump()
+    for turns in ([said], [called, result], [streamed, result], [plain]):
+        again = chat.create(**{**ASK, "messages": [*HELLO, *turns, *HELLO]}, tools=tools).choices[0]
+        assert again.message.content
+
+
+def test_of_allowed_tools_one_of_them_is_called(client: openai.OpenAI) -> None:
+    tools = [WEATHER, openai.pydantic_function_tool(Choose)]
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "Choose"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    for seed in range(4):
+        ask = {**ASK, "temperature": 1, "seed": seed}
+        made = client.chat.completions.create(**ask, tools=tools, tool_choice=choice, parallel_tool_calls=False)
+        assert [call.function.name for call in made.choices[0].message.tool_calls or ()] == ["Choose"]
+    with pytest.raises(openai.BadRequestError, match="not in 'tools'"):
+        client.chat.completions.create(**ASK, tools=[WEATHER], tool_choice=choice)
 
 
 def test_structured_answers_have_their_structure(client: openai.OpenAI) -> None:

@@ -37,7 +37,8 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = [
         entry("ada"),
         entry("bob", requests_per_minute=2),
-        entry("cat", requests_per_minute=2),
+        entry("cat", requests_per_minute=4),
+        entry("dan", requests_per_minute=2),
         entry("eve", tokens_per_minute=30),
         entry("old"),
     ]
@@ -109,6 +110,25 @@ def test_every_route_but_the_probes_and_the_way_in_asks_for_a_key(server: Server
         client.models.list()
 
 
+def test_a_session_is_found_among_any_cookies_and_for_its_own_page_alone(server: Server) -> None:
+    def session(cookie: str, **headers: str) -> httpx.Response:
+        return httpx.get(server.url + "/v1/models", headers={"cookie": cookie.encode(), **headers})  # type: ignore[dict-item]
+
+    token = httpx.post(server.url + "/web/login", json={"key": "ada"}).cookies["slipway_session"]
+    mine = f"slipway_session={token}"
+    for cookie in (mine, f"other; {mine}", f'a={{"b": [1, 2]}}; {mine}; c', f"{mine}; ключ=1", f";;=; {mine}"):
+        assert session(cookie).status_code == 200, cookie
+        assert session(cookie, origin=server.url).status_code == 200
+    for origin in ("http://[::1", "null", "https://elsewhere.example", ""):
+        assert session(mine, origin=origin).status_code == 401
+        refused = httpx.post(server.url + "/web/login", json={"key": "ada"}, headers={"origin": origin})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "cross_origin")
+    assert (
+        httpx.post(server.url + "/v1/completions/", json=BODY, headers={"authorization": "Bearer ada"}).status_code
+        == 404
+    )
+
+
 def test_quotas_of_requests_and_of_tokens(server: Server) -> None:
     answers = [ask(server, "bob") for _ in range(3)]
     assert [a.status_code for a in answers] == [200, 200, 429]
@@ -118,6 +138,19 @@ def test_quotas_of_requests_and_of_tokens(server: Server) -> None:
     assert (first.status_code, second.status_code) == (200, 429)  # the answer itself used up the minute, and more
     assert int(second.headers["retry-after"]) > 60
     assert ask(server, "ada").status_code == 200  # another's quota is another's
+
+
+def test_what_makes_no_tokens_is_a_request_too(server: Server) -> None:
+    key = {"authorization": "Bearer dan"}
+    text, ids = {"model": "tiny", "prompt": "x"}, {"model": "tiny", "tokens": [5]}
+    for path, body in (("tokenize", text), ("detokenize", ids)):
+        assert httpx.post(f"{server.url}/v1/{path}", json=body, headers=key).status_code == 200
+    refused = [httpx.post(f"{server.url}/v1/{path}", json={}, headers=key) for path in ("tokenize", "batches")]
+    refused.append(httpx.post(server.url + "/v1/files", files={"file": b"{}"}, headers=key))
+    for answer in refused:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert httpx.get(server.url + "/v1/models", headers=key).status_code == 200
 
 
 def test_keys_are_read_again_and_bad_ones_change_nothing(server: Server, key_file: Path) -> None:
@@ -143,7 +176,7 @@ def test_files_are_their_tenants_own(server: Server) -> None:
 
 
 def test_a_batch_is_on_its_keys_quota(server: Server) -> None:
-    """Its lines use up what the key may ask in a minute."""
+    """Its file, itself and its lines use up what the key may ask in a minute."""
     lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": BODY} for n in range(2)]
     with openai.OpenAI(base_url=server.url + "/v1", api_key="cat", max_retries=0) as client:
         text = "\n".join(map(json.dumps, lines)).encode()

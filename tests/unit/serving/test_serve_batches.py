@@ -9,6 +9,8 @@ import openai
 import pytest
 from conftest import Server
 
+from serving.batches import LINE_LIMIT_BYTES, MOST_LINES
+
 LINES = 40
 
 
@@ -112,6 +114,52 @@ def test_a_batch_is_cancelled_and_keeps_what_was_answered(server: Server) -> Non
             client.batches.cancel(batch.id)
 
 
+def test_lists_come_in_pages_and_by_purpose(server: Server) -> None:
+    with client_of(server) as client:
+        files = [client.files.create(file=(f"{n}", b"{}"), purpose="batch").id for n in range(5)]
+        everything = [file.id for file in client.files.list()]
+        assert set(files) <= set(everything)
+        first = client.files.list(limit=2)
+        assert ([file.id for file in first.data], first.has_more) == (everything[:2], True)
+        assert [file.id for file in first] == everything  # the client turns the pages
+        assert [file.id for file in client.files.list(order="asc", limit=3)] == everything[::-1]
+        assert [file.id for file in client.files.list(after=everything[-2])] == everything[-1:]
+        assert list(client.files.list(purpose="fine-tune")) == []
+        empty = client.files.create(file=("empty", b" \n"), purpose="batch")
+        batches = [
+            client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h").id
+            for file_id in (empty.id, *files)
+        ]
+        found = [batch.id for batch in client.batches.list(limit=2)]
+        assert set(batches) <= set(found)
+        assert len(set(found)) == len(found)
+        failed = finished(client, server, batches[0])
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        assert "has no lines" in (failed.errors.data or [])[0].message
+        for wrong in ({"limit": 0}, {"limit": "x"}, {"order": "up"}):
+            with pytest.raises(openai.BadRequestError):
+                client.files.list(extra_query=wrong)
+        with pytest.raises(openai.NotFoundError):
+            client.files.list(after="file-none")
+
+
+def test_batches_are_bounded_by_lines_and_each_line_by_its_bytes(server: Server) -> None:
+    long = b"[" + b"1," * (LINE_LIMIT_BYTES // 2) + b"1]\n"
+    with client_of(server) as client:
+        for text, status, says in ((long, "completed", "longer than"), (b"{}\n" * (MOST_LINES + 1), "failed", "50000")):
+            file = client.files.create(file=("in.jsonl", text), purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            done = finished(client, server, batch.id)
+            assert done.status == status
+            told = (
+                done.errors.data[0].message
+                if done.errors
+                else answers(client, done.error_file_id)[0]["error"]["message"]
+            )
+            assert says in told
+
+
 def test_uploads_are_held_to_their_form(server: Server) -> None:
     def upload(**parts) -> httpx.Response:
         return httpx.post(server.url + "/v1/files", timeout=30, **parts)
@@ -119,6 +167,8 @@ def test_uploads_are_held_to_their_form(server: Server) -> None:
     file = {"file": ("in.jsonl", b"{}\n")}
     assert upload(files=file, data={"purpose": "assistants"}).status_code == 400
     assert upload(data={"purpose": "batch"}).status_code == 400
+    late = upload(files=file, data={"purpose": "batch", "expires_after[seconds]": "60"})
+    assert (late.status_code, late.json()["error"]["param"]) == (400, "expires_after[seconds]")
     assert upload(json={}).status_code == 400
     assert (
         upload(content=b"--x\r\nbroken", headers={"content-type": "multipart/form-data; boundary=x"}).status_code == 400

@@ -16,8 +16,10 @@ ARGUMENTS = st.dictionaries(
 )
 
 
-def parse(pieces: list[str], *, forced: bool = False) -> tuple[str, list[tuple[str, dict]]]:
-    parser = CallParser(NAMES, forced=forced)
+def parse(
+    pieces: list[str], *, forced: bool = False, most_calls: int | None = None
+) -> tuple[str, list[tuple[str, dict]]]:
+    parser = CallParser(NAMES, forced=forced, most_calls=most_calls)
     said, calls = "", []
     for text, found in [*(parser.push(piece) for piece in pieces), parser.flush()]:
         said += text
@@ -40,6 +42,7 @@ def test_marked_calls_are_found_however_the_text_is_cut(before: str, arguments: 
     calls = "".join(f"{OPEN}\n{json.dumps({'name': 'weather', 'arguments': a})}\n{CLOSE}" for a in arguments)
     said, found = parse(cut("x" + before + calls, at))
     assert (said, found) == ("x" + before, [("weather", a) for a in arguments])
+    assert parse(cut("x" + before + calls, at), most_calls=1) == (said, found[:1])
 
 
 @given(text=st.text(alphabet='ab {}[]"<tool_call>/\n', max_size=40), at=st.lists(st.integers(0, 50), max_size=8))
