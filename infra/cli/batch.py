@@ -8,18 +8,21 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from pydantic import ValidationError
 from rich.markup import escape
 
 from infra.checks import enforce
 from infra.cli.board import Board
 from infra.cli.local import INTERRUPTED, state_dir
-from infra.cli.project import AsJson, Refusal, StackName, people, print_json, stack_file
+from infra.cli.project import AsJson, Refusal, StackName, people, planned, print_json, stack_file
 from infra.cli.secret import secrets_of
 from infra.local import Secrets, client
-from infra.planner import plan as make_plan
-from infra.spec import Service, Stack, load, unknown
+from infra.spec import Batch, Service, Stack, unknown
+from infra.spec.base import Misplaced
 from infra.spec.document import read_document
+from infra.spec.wording import say
 
+ARGUMENTS = {"input": "INPUT", "output": "OUTPUT"}
 TMP = "/tmp"  # noqa: S108 — as the pods have it
 FROM_SERVICE = ("model", "channel", "pool", "gpus", "resources", "max_model_len", "max_num_seqs", "kv_gib", "dtype")
 """Keys that a batch takes over from the service whose model it asks."""
@@ -54,17 +57,17 @@ def batch(
     stack file says the same under `slipway:batches`.
     """
     file = stack_file(stack)
-    spec = load(file)
-    output = _absolute(answers)
-    asked: dict[str, Any] = {"name": name, "input": _absolute(requests), "output": output, "endpoint": endpoint}
     # As planned: a batch says plain values, and a service may leave some to the planner.
-    asked |= {"shards": shards} | _of_service(make_plan(spec).stack, service)
+    spec = planned(file).stack
+    output = _absolute(answers, spec)
+    asked: dict[str, Any] = {"name": name, "input": _absolute(requests, spec), "output": output, "endpoint": endpoint}
+    asked |= {"shards": shards} | _of_service(spec, service)
+    _refuse_wrong(asked, spec)
     with tempfile.TemporaryDirectory() as folder:
         with_batch = Path(folder) / file.name
         with_batch.write_text(_added(file, asked), encoding="utf-8")
-        spec = load(with_batch)
-        planned = make_plan(spec)
-        enforce(planned.stack, planned)
+        with_it = planned(with_batch)
+        enforce(with_it.stack, with_it)
         if out is None and spec.platform.cloud != "local":
             raise Refusal(
                 f"stack {stack!r} is on {spec.platform.cloud}. Fix: --out DIR, and apply what is written there"
@@ -106,10 +109,25 @@ def _added(file: Path, asked: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _absolute(url: str) -> str:
-    """A path as a pod on this machine sees it. Raises `Refusal` for one that it sees otherwise."""
-    if "://" in url and not url.startswith("file://"):
+def _refuse_wrong(asked: dict[str, Any], spec: Stack) -> None:
+    """Raise `Refusal` for what a stack file could not say either, in the words of the command line."""
+    if asked["name"] in {batch.name for batch in spec.batches}:
+        raise Refusal(f"--name: the stack file has a batch {asked['name']!r} of its own. Fix: another name")
+    try:
+        Batch.model_validate(asked)
+    except ValidationError as error:
+        wrong: Any = error.errors()[0]
+        cause = wrong.get("ctx", {}).get("error")
+        key = str((*wrong["loc"], *(cause.keys if isinstance(cause, Misplaced) else ()))[0])
+        raise Refusal(f"{ARGUMENTS.get(key, f'--{key}')}: {say(wrong, known=())}") from None
+
+
+def _absolute(url: str, spec: Stack) -> str:
+    """A path as a pod on this machine sees it. Raises `Refusal` for one that it sees otherwise, or not at all."""
+    if not url or ("://" in url and not url.startswith("file://")):
         return url
+    if spec.platform.cloud != "local":
+        raise Refusal(f"no pod of a cluster sees {url}. Fix: a URL (s3://…), or slipway:batches with a volume_claim")
     path = Path(url.removeprefix("file://")).absolute()
     if path.is_relative_to(TMP):
         raise Refusal(f"{path} is below {TMP}, which is each pod's own. Fix: a path elsewhere")

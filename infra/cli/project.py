@@ -13,7 +13,7 @@ from rich.console import Console
 from infra.planner import Plan, plan
 from infra.spec import StackError, load, located
 
-people = Console(stderr=True, highlight=False, soft_wrap=True)
+people = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `file:100: key` is a line, and no emoji
 """People's text goes to stderr; stdout is for what the command makes."""
 
 StackName = Annotated[

@@ -12,8 +12,8 @@ from infra.components.model_registry import RegistryAccess
 from infra.components.pods import Claim, PodArgs, container, pod_template
 from infra.components.stage import Image, failure_policy
 from infra.spec import Batch
+from infra.spec.batch import MOUNT_PATH
 
-MOUNT_PATH = "/batch"
 # From SIGTERM: what is under way is dropped, and answered by the next pod.
 GRACE_S = 30
 

@@ -7,15 +7,17 @@ from pydantic import Field, model_validator
 from infra.spec.base import Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from infra.spec.training import Dtype, PodResources
 
+MOUNT_PATH = "/batch"
+"""Where the volume is."""
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 
 
 class Batch(Spec):
     name: Name
     """Name of the batch."""
-    input: str
+    input: Annotated[str, Field(min_length=1)]
     """Requests, one a line, in OpenAI's batch form: a JSONL file, a directory of them or a pattern, at any fsspec URL."""
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     """Directory or URL that `answers.jsonl`, one line for each of the input and in its order, and `summary.json` appear in."""
     endpoint: Endpoint = "/v1/chat/completions"
     """Route that the lines name."""
@@ -51,6 +53,14 @@ class Batch(Spec):
         if self.output.rstrip("/") == self.input.rstrip("/"):
             raise Misplaced("the answers would lie among the requests; give a directory of their own", "output")
         return self
+
+    def unseen(self) -> tuple[str, str] | None:
+        """Key and path of what no pod of a cluster sees: neither a URL nor on the volume."""
+        for key, url in (("input", self.input), ("output", self.output)):
+            path = url.removeprefix("file://")
+            if "://" not in path and not (self.volume_claim and path.startswith(f"{MOUNT_PATH}/")):
+                return key, path
+        return None
 
     @property
     def pods(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, Spec
-from infra.spec.batch import Batch
+from infra.spec.batch import MOUNT_PATH, Batch
 from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
 from infra.spec.runtimes import Runtime, builtin
 from infra.spec.serving import Budget, Monitoring, Router, Service
@@ -91,6 +91,17 @@ class Stack(Spec):
         for pool, keys in users:
             if pool not in pools:
                 raise Misplaced(unknown("node pool", pool, pools), *keys)
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_seen(self) -> Self:
+        for index, batch in enumerate(self.batches):
+            if self.platform.cloud != "local" and (unseen := batch.unseen()):
+                key, path = unseen
+                says = (
+                    f"no pod of a cluster sees {path}; a URL (s3://…), or a path below {MOUNT_PATH} on a volume_claim"
+                )
+                raise Misplaced(says, "batches", index, key)
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from infra.cli.board import Board
+from infra.cli.project import people
 from infra.cli.summary import outcome_of, show_curve, show_evaluation
 
 ROOT = Path(__file__).parents[3]
@@ -81,6 +82,12 @@ def test_bad_stack_file_exits_2_without_traceback(changed, tmp_path_factory: pyt
     assert done.returncode == 2
     assert "did you mean `steps`?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_line_number_is_no_emoji() -> None:
+    with people.capture() as said:
+        people.print("stacks/Pulumi.prod.yaml:100: slipway:services.0.name: …")
+    assert said.get().startswith("stacks/Pulumi.prod.yaml:100: slipway")
 
 
 def test_unknown_stack_names_those_that_are_there() -> None:

@@ -77,6 +77,10 @@ def test_what_contradicts_itself_is_refused_at_its_line(rendered: Callable[..., 
         rendered("prod", {"batches": [BATCH | {"output": "s3://acme-reviews/2026/*.jsonl"}]})
     with pytest.raises(StackError, match=r"batches\.0\.pool: node pool 'srve' does not exist"):
         rendered("prod", {"batches": [BATCH | {"pool": "srve"}]})
+    on_volume = {"volume_claim": "shared", "input": "/batch/in.jsonl", "output": "/elsewhere"}
+    for unseen, key in (({"input": "in.jsonl"}, "input"), (on_volume, "output")):
+        with pytest.raises(StackError, match=rf"batches\.0\.{key}: no pod of a cluster sees "):
+            rendered("prod", {"batches": [BATCH | unseen]})
 
 
 def test_the_command_adds_a_batch_to_the_stacks_manifests(tmp_path: Path) -> None:
@@ -115,6 +119,12 @@ def test_the_command_takes_over_the_cache_that_a_service_leaves_to_the_planner(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["-s", "prod", "--name", "Bad Name", "--out", "x"], "--name: must be lower-case letters"),
+        (
+            ["-s", "prod", "--endpoint", "/v1/chat", "--out", "x"],
+            '--endpoint: "/v1/chat" is no choice; there is /v1/chat/c',
+        ),
+        (["-s", "prod", "--shards", "10001", "--out", "x"], "--shards: must be at most 10000"),
         (["-s", "prod"], "stack 'prod' is on aws. Fix: --out DIR"),
         (["-s", "prod", "--service", "chta", "--out", "x"], "service 'chta' does not exist; did you mean 'chat'?"),
     ],
@@ -125,6 +135,14 @@ def test_what_the_command_will_not_do(words: list[str], says: str) -> None:
     assert says in str(done.exception)
 
 
-def test_a_path_that_pods_see_otherwise_is_refused() -> None:
-    done = CliRunner().invoke(app, ["batch", "/tmp/in.jsonl", "s3://a/out"])
-    assert "/tmp/in.jsonl is below /tmp, which is each pod's own" in str(done.exception)
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        (["/tmp/in.jsonl", "s3://a/out"], "/tmp/in.jsonl is below /tmp, which is each pod's own"),
+        (["in.jsonl", "s3://a/out", "-s", "prod", "--out", "x"], "no pod of a cluster sees in.jsonl. Fix: a URL"),
+        (["s3://a/in", "s3://a/in/"], "OUTPUT: the answers would lie among the requests"),
+        (["", "s3://a/out"], "INPUT: must not be empty"),
+    ],
+)
+def test_a_place_that_no_pod_can_use_is_refused(places: list[str], says: str) -> None:
+    assert says in str(CliRunner().invoke(app, ["batch", *places]).exception)
