@@ -19,7 +19,7 @@ from infra.cli.secret import secrets_of
 from infra.local import Secrets, client
 from infra.spec import Batch, Service, Stack, unknown
 from infra.spec.base import Misplaced
-from infra.spec.document import read_document
+from infra.spec.document import Dumper, read_document
 from infra.spec.wording import say
 
 ARGUMENTS = {"input": "INPUT", "output": "OUTPUT"}
@@ -106,7 +106,7 @@ def _added(file: Path, asked: dict[str, Any]) -> str:
     """The stack file's text with one batch more."""
     document = read_document(file.read_text(encoding="utf-8-sig")).values
     document["config"].setdefault("slipway:batches", []).append(asked)
-    return yaml.safe_dump(document, sort_keys=False)
+    return yaml.dump(document, Dumper=Dumper, sort_keys=False)
 
 
 def _refuse_wrong(asked: dict[str, Any], spec: Stack) -> None:

@@ -3,11 +3,12 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from infra.render.program import Rendered, RenderError
+from infra.spec.document import Dumper
 
 Json = dict[str, Any]
 # What must be there before what lives in it; the rest is applied in any order.
@@ -58,7 +59,7 @@ def _yaml(manifest: Json) -> str:
     """`apiVersion`, `kind` and `metadata` first, as people read them; below, keys in order."""
     head = {key: _whole(manifest[key]) for key in ("apiVersion", "kind", "metadata")}
     rest = {key: _whole(manifest[key]) for key in sorted(manifest.keys() - head.keys())}
-    return yaml.dump(head | rest, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(head | rest, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def _json(value: Any) -> str:
@@ -74,17 +75,6 @@ def _whole(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-class _Dumper(yaml.SafeDumper):
-    """Texts of many lines as blocks, which a person can read and a diff can show."""
-
-
-def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return cast(Any, dumper).represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _block)
 
 
 def _written_before(out: Path) -> set[str]:

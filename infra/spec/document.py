@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 
 Loc = tuple[str | int, ...]
+STR = "tag:yaml.org,2002:str"
 MOST_VALUES = 200_000
 """Values of a document with its aliases written out; 500 pools and 500 services have about 20,000."""
 
@@ -45,6 +46,24 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
     cast(Any, _Loader).add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what every reader takes alike: PyYAML quotes what YAML 1.1 takes for no text, and to others 1e3 is a number too.
+
+    Texts of many lines are blocks, which a person can read and a diff can show.
+    """
+
+
+_resolver = _Loader("")
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    taken = cast(Any, _resolver).resolve(yaml.ScalarNode, text, (True, False)) != STR
+    return cast(Any, dumper).represent_scalar(STR, text, style="|" if "\n" in text else '"' if taken else None)
+
+
+Dumper.add_representer(str, _text)
 
 
 def read_document(text: str) -> Document:
