@@ -16,7 +16,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[Sequence, None] = {}  # in the order of arrival
-        self._preempted: list[Sequence] = []  # these hold answers half made: they come first, the oldest before all
+        self._preempted: list[Sequence] = []  # these hold answers half made: of their priority they come first
         self._present: Counter[str] = Counter()  # sequences of each tenant
         self._tokens: dict[str, int] = {}  # that each tenant present has had
 
@@ -33,18 +33,19 @@ class FairQueue:
         self._waiting[seq] = None
 
     def put_back(self, seq: Sequence) -> None:
-        """A preempted sequence: the youngest is thrown out first, so the last to come back is the oldest."""
+        """A preempted sequence: the youngest is thrown out first, so of one priority the last to come is the oldest."""
         self._preempted.append(seq)
 
     def first(self) -> Sequence:
-        if self._preempted:
-            return self._preempted[-1]
-        return min(self._waiting, key=self._rank)
+        found = self.first_of(lambda _: True)
+        assert found is not None, "the queue is empty"
+        return found
 
     def first_of(self, fits: Callable[[Sequence], bool]) -> Sequence | None:
         """The first of those that `fits` says yes to."""
-        fitting = next((seq for seq in reversed(self._preempted) if fits(seq)), None)
-        return min(filter(fits, self._waiting), key=self._rank, default=None) if fitting is None else fitting
+        again = max(filter(fits, reversed(self._preempted)), key=lambda seq: seq.priority, default=None)
+        new = min(filter(fits, self._waiting), key=self._rank, default=None)
+        return new if again is None or (new is not None and new.priority > again.priority) else again
 
     def _rank(self, seq: Sequence) -> tuple[int, int]:
         return -seq.priority, self._tokens[seq.tenant]

@@ -5,6 +5,7 @@ preempted sequence's second prefill are one case. (Continuous batching: Orca, OS
 """
 
 import time
+from bisect import insort
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,7 +49,7 @@ class Scheduler:
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
         self.speculator = NgramSpeculator(speculate_tokens)
         self.waiting = FairQueue()
-        self.running: list[Sequence] = []  # oldest first: the youngest is preempted
+        self.running: list[Sequence] = []  # highest priority first, then the oldest: the last one is preempted
         self.lost: list[tuple[Sequence, str]] = []  # those whose adapter could not be read, and why
         self.short_of_memory = False  # then nobody is let in beside those who run, and chunks are short
         self.preemptions = self.prefix_hit_tokens = self.prefix_miss_tokens = 0
@@ -94,8 +95,7 @@ class Scheduler:
                     continue
             while not self.blocks.grow(seq, seq.num_computed + num_tokens):
                 preempted = True
-                youngest = self._preempt()
-                if youngest is seq:
+                if self._preempt() is seq:
                     return batch, True
             guess = self._guess(seq, budget - behind - num_tokens) if num_tokens == seq.num_uncomputed == 1 else []
             batch.append(Scheduled(seq, num_tokens + len(guess), guess))
@@ -104,13 +104,13 @@ class Scheduler:
         return batch, preempted
 
     def _preempt(self) -> Sequence:
-        """Throws the youngest out of the batch, to be computed again."""
-        youngest = self.running.pop()
-        self.blocks.release(youngest)
-        self.adapters.release(youngest)
-        self.waiting.put_back(youngest)
+        """Throws the youngest of the lowest priority out of the batch, to be computed again."""
+        last = self.running.pop()
+        self.blocks.release(last)
+        self.adapters.release(last)
+        self.waiting.put_back(last)
         self.preemptions += 1
-        return youngest
+        return last
 
     def _guess(self, seq: Sequence, budget: int) -> list[int]:
         """Tokens to check beyond the known ones, where memory has room for them without taking anyone's."""
@@ -139,7 +139,7 @@ class Scheduler:
                 continue
             self.blocks.grow(seq, len(seq))
             self.waiting.remove(seq)
-            self.running.append(seq)
+            insort(self.running, seq, key=lambda other: -other.priority)
             if seq.queue_s is None:
                 seq.queue_s = time.monotonic() - seq.arrived_s
                 seq.cached_tokens = seq.num_computed
