@@ -25,7 +25,7 @@ CONVERSATION_LIMIT_BYTES = 256 << 10
 CONVERSATION_ID = "^[A-Za-z0-9-]{1,64}$"
 HEADERS = {
     # Nothing from elsewhere runs or is loaded here, and what a model writes is shown as text, never as a page.
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",

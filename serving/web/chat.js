@@ -2,7 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 let conversation = null; // {id, title, messages: [{role, content}]}
+let user = null; // who is logged in
 let running = null; // the AbortController of the answer that is being made
+let asking = null; // settles when that answer has been kept
 
 class Refusal extends Error {}
 
@@ -21,10 +23,10 @@ async function start() {
   $("login").hidden = !locked;
   $("app").hidden = locked;
   if (locked) return $("key").focus();
-  $("user").textContent = session.user ?? "";
+  if (user !== session.user) open(); // what another user left on the page is not for this one
+  $("user").textContent = user = session.user;
   $("logout").hidden = !session.login_required;
   await Promise.all([showModels(), showHistory()]);
-  if (!conversation) open();
 }
 
 async function showModels() {
@@ -32,18 +34,23 @@ async function showModels() {
   const chosen = $("model").value;
   $("model").replaceChildren(...data.map((model) => new Option(model.id, model.id, false, model.id === chosen)));
   $("send").disabled = data.length === 0;
-  if (data.length === 0) setTimeout(showModels, 2000); // the model is still loading
+  if (data.length === 0) setTimeout(awaitModels, 2000); // the model is still loading
 }
+
+const awaitModels = () => showModels().catch(() => setTimeout(awaitModels, 2000));
 
 async function showHistory() {
   const { conversations } = await (await call("GET", "/web/conversations")).json();
   $("history").replaceChildren(...conversations.map((kept) => {
     const row = document.createElement("div");
-    if (kept.id === conversation?.id) row.setAttribute("aria-current", "true");
-    const name = button(kept.title || "Untitled", () => open(kept));
+    if (kept.id === conversation.id) row.setAttribute("aria-current", "true");
+    const name = button(kept.title || "Untitled", () => {
+      if (kept.id !== conversation.id) open(kept); // the one that is open may have more in it than was kept
+    });
     const forget = button("×", async () => {
+      if (kept.id === conversation.id) await stop(); // which keeps it, so that it is forgotten after that
       await call("DELETE", `/web/conversations/${kept.id}`);
-      if (conversation?.id === kept.id) open();
+      if (kept.id === conversation.id) open();
       await showHistory();
     });
     forget.className = "forget";
@@ -60,8 +67,13 @@ function button(text, onclick) {
   return made;
 }
 
-function open(kept) {
+function stop() {
   running?.abort();
+  return asking;
+}
+
+function open(kept) {
+  stop();
   conversation = kept ?? { id: newId(), title: "", messages: [] };
   $("messages").replaceChildren(...conversation.messages.filter((m) => m.role !== "system").map(bubble));
   for (const row of $("history").children) row.removeAttribute("aria-current");
@@ -78,7 +90,8 @@ function bubble({ role, content }) {
   return item;
 }
 
-function note(text, isError = false) {
+function note(where, text, isError = false) {
+  if (where !== conversation) return; // another one is on the page by now
   const item = bubble({ role: isError ? "note error" : "note", content: text });
   $("messages").append(item);
   item.scrollIntoView({ block: "end" });
@@ -93,12 +106,14 @@ function parameters() {
 
 async function ask(text) {
   const mine = conversation;
-  mine.title ||= text.slice(0, 80);
+  mine.title ||= [...text].slice(0, 80).join(""); // by characters: half of one is no text
   mine.messages.push({ role: "user", content: text });
-  $("messages").append(bubble(mine.messages.at(-1)));
+  const question = bubble(mine.messages.at(-1));
   const answer = { role: "assistant", content: "" };
   const item = bubble(answer);
-  $("messages").append(item);
+  let whole = false;
+  $("messages").append(question, item);
+  item.scrollIntoView({ block: "end" });
   running = new AbortController();
   busy(true);
   const system = $("system").value.trim();
@@ -113,19 +128,29 @@ async function ask(text) {
       if (atEnd) item.scrollIntoView({ block: "end" });
     });
     const seconds = (performance.now() - began) / 1000;
-    if (usage) note(`${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s`);
+    whole = true;
+    if (usage) note(mine, `${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s`);
   } catch (error) {
-    if (error.name === "AbortError") note("Stopped");
-    else note(error instanceof Refusal ? error.message : "The connection to the server was lost. Try again.", true);
+    if (error.name === "AbortError") note(mine, "Stopped");
+    else note(mine, error instanceof Refusal ? error.message : "The connection to the server was lost. Try again.", true);
   } finally {
     busy(false);
     running = null;
   }
   if (!answer.content) item.remove();
-  else mine.messages.push(answer);
+  if (answer.content || whole) mine.messages.push(answer);
+  else {
+    // Not a word of an answer: the question is to be asked again. Two in a row are more than many models' chats allow.
+    mine.messages.pop();
+    if (mine === conversation && !$("prompt").value) {
+      $("prompt").value = text;
+      question.remove();
+    }
+    if (!mine.messages.length) return;
+  }
   await call("PUT", `/web/conversations/${mine.id}`, { title: mine.title, messages: mine.messages })
     .then(showHistory)
-    .catch((error) => note(`Not kept: ${error.message}`, true));
+    .catch((error) => note(mine, `Not kept: ${error.message}`, true));
 }
 
 // Reads server-sent events; an event may come in pieces, and one piece may hold many. Returns the usage.
@@ -168,7 +193,7 @@ $("ask").onsubmit = (event) => {
   const text = $("prompt").value.trim();
   if (!text || running) return;
   $("prompt").value = "";
-  ask(text);
+  asking = ask(text);
 };
 $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -176,7 +201,7 @@ $("prompt").onkeydown = (event) => {
     $("ask").requestSubmit();
   }
 };
-$("stop").onclick = () => running?.abort();
+$("stop").onclick = stop;
 $("new").onclick = () => open();
 $("login").onsubmit = async (event) => {
   event.preventDefault();
@@ -190,10 +215,9 @@ $("login").onsubmit = async (event) => {
   }
 };
 $("logout").onclick = async () => {
-  running?.abort();
+  await stop();
   await call("POST", "/web/logout");
-  conversation = null;
-  $("messages").replaceChildren();
+  open();
   $("history").replaceChildren();
   await start();
 };
@@ -204,4 +228,5 @@ $("theme").onclick = () => {
   localStorage.setItem("theme", root.dataset.theme);
 };
 if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
-start().catch((error) => { $("app").hidden = false; note(`The server cannot be reached: ${error.message}`, true); });
+open();
+start().catch((error) => { $("app").hidden = false; note(conversation, `The server cannot be reached: ${error.message}`, true); });

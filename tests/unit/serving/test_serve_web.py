@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT, Server
+from tiny_packages import make_package
 
 from tests.redis_server import redis_server
 
@@ -140,6 +141,61 @@ def test_without_keys_a_browser_keeps_its_own_conversations(tiny: Path, start_se
     page.click("#history .forget")
     page.wait_for_selector("#history div", state="detached")
     assert httpx.get(server.url + "/web/conversations").json() == {"conversations": []}
+
+
+@needs_browser
+def test_an_answer_that_is_left_stays_with_its_own_conversation(tmp_path: Path, start_server, page) -> None:
+    server: Server = start_server(make_package(tmp_path / "tiny", max_position_embeddings=2048)).wait_ready()
+    page.context.clear_cookies()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+
+    def kept() -> list[dict]:
+        return page.evaluate("fetch('/web/conversations').then((a) => a.json())")["conversations"]
+
+    def ask(text: str) -> None:
+        page.fill("#prompt", text)
+        page.press("#prompt", "Enter")
+
+    page.goto(server.url + "/")
+    page.wait_for_selector("#model option", state="attached")
+    page.click("summary")
+    page.fill("#max_tokens", "40")
+    ask("x" * 79 + "🙂 and " + "a\n" * 24 + "b")  # its title ends with a character of two halves
+    page.wait_for_selector("#messages .note")
+    page.wait_for_selector("#history div")
+    assert kept()[0]["title"] == "x" * 79 + "🙂"
+    bottom = "(m => m.scrollHeight - m.scrollTop - m.clientHeight)(document.getElementById('messages'))"
+    assert page.evaluate(bottom) < 40
+
+    engine = server.engine()
+    engine.suspend()
+    ask("What next?")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.click("#history button")  # of the conversation that is open: nothing is lost
+    assert page.is_visible("#stop")
+    page.click("#stop")
+    page.wait_for_selector("text=Stopped")
+    assert page.input_value("#prompt") == "What next?"  # it was not answered, so it may be asked again
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.click("#new")
+    page.wait_for_selector("#stop", state="hidden")
+    engine.resume()
+    assert page.query_selector_all("#messages li") == []
+    assert page.input_value("#prompt") == ""
+    assert [m["role"] for m in kept()[0]["messages"]] == ["user", "assistant"]
+
+    page.click("#history button")
+    engine.suspend()
+    ask("And then?")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.click("#history .forget")
+    page.wait_for_selector("#history div", state="detached")
+    engine.resume()
+    assert kept() == []  # the answer that was on its way brought nothing back
+    assert problems == []
 
 
 def test_a_store_that_goes_and_comes_back_is_told_once(tiny: Path, tmp_path: Path, start_server) -> None:
