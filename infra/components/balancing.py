@@ -15,6 +15,7 @@ LB_POLICY = {
 }
 RING_SIZE = 65_536
 """Points of the ring: with 1,024, the default, shares of three replicas differ by a tenth, and what moves by 2 % of all sessions."""
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 PREFIX_HEADER = "x-slipway-prefix"
 SEARCHED_BYTES = 1 << 20
 """How far into a body the prompt is looked for."""
@@ -82,6 +83,8 @@ def _prefix_script(chars: int) -> str:
     return f"""
 function envoy_on_request(request)
   request:headers():remove("{PREFIX_HEADER}")
+  -- What is read is kept whole, up to the longest that can be: an upload is longer.
+  if not string.find(request:headers():get("content-type") or "", "json", 1, true) then return end
   local body = request:body()
   if body == nil then return end
   local text = body:getBytes(0, math.min(body:length(), {SEARCHED_BYTES}))
@@ -135,7 +138,19 @@ def outlier_detection(router: Router) -> Json:
             "max_ejection_percent": outliers.max_percent,
             # Its health is asked each second, and says nothing of its answers: it would be back at once.
             "successful_active_health_check_uneject_host": False,
-        }
+        },
+        "typed_extension_protocol_options": {HTTP_OPTIONS: _counted_errors()},
+    }
+
+
+def _counted_errors() -> Json:
+    """What counts against a replica: 504 is a client's own deadline, and a few short ones would take a replica from all others."""
+    codes = {"safe_regex": {"regex": "|".join(map(str, FAILED))}}
+    status = {"name": ":status", "string_match": codes}
+    return {
+        "@type": f"{TYPES}.{HTTP_OPTIONS.removeprefix('envoy.')}",
+        "explicit_http_config": {"http_protocol_options": {}},
+        "outlier_detection": {"error_matcher": {"http_response_headers_match": {"headers": [status]}}},
     }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from infra.components.envoy import BUFFER_BYTES
+
 from .conftest import Replica, Routed, until
 
 Make = Callable[..., Any]
@@ -42,6 +44,16 @@ def test_a_failing_replica_is_not_seen_and_then_left_alone(routed: Make, replica
         # Ejected after five; what was under way at that moment comes on top.
         assert 5 <= bad.seen <= 5 + 8
         assert router.stat("outlier_detection_ejections_active") == 1
+
+
+def test_clients_that_give_themselves_no_time_take_no_replica_from_others(routed: Make, replica: Make) -> None:
+    """504 is the answer to a client's own deadline: five of them in a row must not eject who gave them."""
+    servers = [replica(name, status=504) for name in "abc"]
+    router: Routed = routed(outliers={"ejected_s": 60})
+    router.show(*servers)
+    assert {answer.status_code for answer in load(router.url, 60)} == {504}
+    assert sum(server.seen for server in servers) == 60
+    assert router.stat("outlier_detection_ejections_active") == 0
 
 
 def test_without_retries_and_ejection_the_failing_replica_is_seen(routed: Make, replica: Make) -> None:
@@ -208,6 +220,14 @@ def test_prompts_that_begin_alike_meet_whatever_else_the_request_says(routed: Ma
             # A client cannot choose its replica by sending the router's own header.
             headers = {"x-slipway-prefix": "00000000"}
             assert len({client.post("/v1/completions", json=b, headers=headers).json()["replica"] for b in bodies}) == 1
+
+
+def test_an_upload_is_not_kept_for_a_prompt_that_it_does_not_hold(routed: Make, replica: Make) -> None:
+    router: Routed = routed(hash_prefix_chars=64)
+    router.show(replica("a"))
+    with router.client() as client:
+        longer_than_is_kept = {"file": ("in.jsonl", b"x" * (BUFFER_BYTES + 1))}
+        assert client.post("/v1/files", files=longer_than_is_kept, data={"purpose": "batch"}).status_code == 200
 
 
 def test_a_prompt_that_everybody_sends_spills_over(routed: Make, replica: Make) -> None:
