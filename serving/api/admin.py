@@ -6,18 +6,23 @@ It asks for no key, so whoever reaches it may use it. `/metrics` is here too, fo
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from serving.api.app import is_ready, metrics_text
 from serving.api.context import Context
-from serving.api.errors import ApiError
+from serving.api.document import takes
+from serving.api.errors import ApiError, bad_request, http_error
+from serving.api.protocol import Strict, parse
+from serving.api.sse import ClientGone, no_answer, read_body
 from serving.errors import Refused
 
+BODY_LIMIT_BYTES = 64 << 10
 
-class AdapterSource(BaseModel):
+
+class AdapterSource(Strict):
     """A directory in PEFT's layout, a registry entry, or a channel file."""
 
     source: str
@@ -27,6 +32,12 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
     """The admin application; `stop` is set to drain and end the process."""
     app = FastAPI(title="Slipway serving: admin", version="1", docs_url=None, redoc_url=None)
     host = context.host
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientGone, no_answer)
+
+    @app.exception_handler(ApiError)
+    async def refused(_request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
@@ -74,14 +85,17 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
         }
         return {"ready": ready, "refused": host.adapters.refused}
 
-    @app.put("/adapters/{name}")
-    async def put_adapter(name: str, body: AdapterSource) -> JSONResponse:
+    @app.put("/adapters/{name}", openapi_extra=takes(AdapterSource.model_json_schema()))
+    async def put_adapter(name: str, request: Request) -> JSONResponse:
         """Serves the adapter from now on, in the place of another one of that name."""
+        body = parse(AdapterSource, await read_body(request, limit_bytes=BODY_LIMIT_BYTES, timeout_s=30))
         try:
             wrong = await host.adapters.put(name, body.source)
         except Refused as error:
             wrong = str(error)
-        return ApiError(400, wrong, param="source").response() if wrong else JSONResponse({"name": name})
+        if wrong:
+            raise bad_request(wrong, param="source")
+        return JSONResponse({"name": name})
 
     @app.delete("/adapters/{name}")
     async def remove_adapter(name: str) -> JSONResponse:
@@ -89,7 +103,7 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
         try:
             host.adapters.remove(name)
         except KeyError:
-            return ApiError(404, f"There is no adapter '{name[:200]}'", code="not_found").response()
+            raise ApiError(404, f"There is no adapter '{name[:200]}'", code="not_found") from None
         return JSONResponse({"name": name, "deleted": True})
 
     @app.get("/metrics")

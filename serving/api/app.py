@@ -17,7 +17,7 @@ from serving.api.completions import Completion
 from serving.api.context import Caller, Context
 from serving.api.document import install, path_parameter, takes
 from serving.api.embeddings import Embeddings, detokenize, tokenize
-from serving.api.errors import ApiError, documented
+from serving.api.errors import ApiError, documented, http_error
 from serving.api.gate import Gate
 from serving.api.generation import Generation, take_quota
 from serving.api.protocol import (
@@ -27,7 +27,7 @@ from serving.api.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
-from serving.api.sse import ClientGone, EventStream, read_body, until_disconnect
+from serving.api.sse import ClientGone, EventStream, no_answer, read_body, until_disconnect
 from serving.api.web import Conversation, Login, add_chat_page
 from serving.batches import BatchStore
 
@@ -221,16 +221,8 @@ def _add_errors(app: FastAPI, context: Context) -> None:
             requests.labels(outcomes.get(error.status, "invalid")).inc()
         return error.response()
 
-    @app.exception_handler(ClientGone)
-    async def client_gone(_request: Request, _error: ClientGone) -> Response:
-        return Response(status_code=499)  # nobody reads it
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        what = {404: "There is no such route", 405: "The method is not allowed here"}
-        message = f"{what.get(error.status_code, error.detail)}: {request.method} {request.url.path[:200]}"
-        code = "not_found" if error.status_code == 404 else None
-        return ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})).response()
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientGone, no_answer)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -47,6 +49,15 @@ class ApiError(Exception):
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+async def http_error(request: Request, error: Exception) -> JSONResponse:
+    """The framework's own refusals, of routes and methods that are not there, in the same shape."""
+    assert isinstance(error, HTTPException)
+    what = {404: "There is no such route", 405: "The method is not allowed here"}
+    message = f"{what.get(error.status_code, error.detail)}: {request.method} {request.url.path[:200]}"
+    code = "not_found" if error.status_code == 404 else None
+    return ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})).response()
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -20,6 +20,10 @@ class ClientGone(Exception):
     """The client hung up: there is nobody to answer."""
 
 
+async def no_answer(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
 class EventStream(Response):
     """Sends `events`, each with what `head` says too, then `[DONE]`; an `ApiError` in between is the last event.
 

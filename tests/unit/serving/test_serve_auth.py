@@ -208,6 +208,10 @@ def test_the_admin_port_tells_and_needs_no_key(server: Server, tiny: Path) -> No
     assert (status["model"], status["ready"], status["draining"]) == ("tiny", True, False)
     assert len(status["engines"]) == 1
     assert "slipway_serve_itl_seconds_count" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    for body in (b"\xff", b"{}", b'{"source": 1}', b'{"source": "/nowhere"}', b'{"source": "x", "sauce": "y"}'):
+        refused = httpx.put(f"http://127.0.0.1:{port}/adapters/a", content=body)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error"), body
+    assert httpx.get(f"http://127.0.0.1:{port}/nowhere").json()["error"]["code"] == "not_found"
     assert httpx.get(server.url + "/status", headers={"authorization": "Bearer ada"}).status_code == 404
 
 
