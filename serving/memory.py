@@ -14,6 +14,15 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
+def limit_bytes() -> int:
+    """All that there could ever be."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2 here, or it says `max`
+        return machine
+
+
 def available_bytes() -> int:
     machine = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():

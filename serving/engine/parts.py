@@ -1,5 +1,6 @@
 """What an engine is made of, from a package and the settings: a runner, its memory, and what a step may take."""
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -22,7 +23,7 @@ from serving.engine.spill import Spill, namespace
 from serving.engine.usage import Peaks, Usage, Work, measure_peaks
 from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
-from serving.memory import available_bytes
+from serving.memory import available_bytes, limit_bytes, resident_bytes
 from serving.model.config import ModelConfig
 from serving.model.llama import Llama
 from serving.model.packed import fits, pack
@@ -205,6 +206,10 @@ def num_blocks_of(
     per_seq = -(-max_model_len // block_size)
     if settings.kv_bytes is not None:
         num_blocks = settings.kv_bytes // per_block
+        most = limit_bytes() - resident_bytes(os.getpid())
+        if device.type == "cpu" and settings.kv_bytes > most:  # which would be noticed as late as they are all in use
+            what = f"{settings.kv_bytes:,} bytes are more than the {most:,} that this machine has beside the weights"
+            raise Refused(what, where="--kv-bytes", fix="Give fewer, or a share of what is free: --kv-share 0.8")
     else:
         free = (
             torch.cuda.mem_get_info(device)[0] * settings.tensor_parallel_size

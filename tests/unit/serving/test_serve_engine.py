@@ -262,6 +262,12 @@ def test_memory_for_less_than_one_sequence_is_refused(tmp_path: Path) -> None:
     Engine.load(root, Settings(model=str(root), max_model_len=16)).warm_up()
 
 
+def test_memory_that_the_machine_does_not_have_is_refused(tiny: Path) -> None:
+    """At load, and not when the last block is first written to, by when the kernel ends the process."""
+    with pytest.raises(Refused, match="--kv-share"):
+        Engine.load(tiny, Settings(model=str(tiny), kv_bytes=1 << 50))
+
+
 def test_keys_and_values_have_their_share_of_the_free_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "available_bytes", lambda: 1000 * KV_BYTES_PER_BLOCK)
     blocks = {
