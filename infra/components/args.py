@@ -178,6 +178,7 @@ def inference_service(platform: Platform, service: Service, server: Image) -> In
         load_s=plan.service(service.name).load_s,
         kv_tokens=plan.service(service.name).kv_tokens,
         model_within_s=int(2 * hours * 3600),
+        collector_url=collector.url if (collector := platform.stack.monitoring.collector) else None,
         shared_storage=platform.stack.storage.shared,
         storage_class=platform.stack.storage.class_name,
     )
@@ -238,7 +239,8 @@ def network(platform: Platform) -> NetworkArgs:
         trains=stack.training is not None,
         meets=stack.training is not None and stack.training.meets,
         serves=bool(stack.services),
-        session_stores={service.name: service.session_store for service in stack.services if service.session_store},
+        stores={service.name: service.stores for service in stack.services},
+        collector=stack.monitoring.collector,
         scraped_ports=sorted({scraped_port(service, stack.runtime(service)) for service in stack.services}),
         client_namespaces=stack.tenancy.ingress_from_namespaces,
         public=stack.router.expose == "LoadBalancer",

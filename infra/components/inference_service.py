@@ -37,6 +37,8 @@ class InferenceServiceArgs:
     """Tokens that the KV cache holds; None when the stack does not say the model's shape."""
     model_within_s: int
     """Time until the channel can be expected to have a model, seconds: a training of the same stack takes its hours."""
+    collector_url: str | None
+    """Where Slipway's own server sends its spans; None: nowhere."""
     shared_storage: bool
     """The storage class gives volumes that pods of several nodes share."""
     storage_class: str | None
@@ -135,6 +137,7 @@ class InferenceService(pulumi.ComponentResource):
             load_s=args.load_s,
             kv_tokens=args.kv_tokens,
             files=files,
+            collector_url=args.collector_url,
         )
         surge, unavailable = (1, 0) if service.surge else (0, 1)
         return apps.DeploymentSpecArgs(

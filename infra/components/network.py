@@ -8,7 +8,8 @@ from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
 from pulumi_kubernetes.networking import v1 as net
 
 from infra.components.common import Scope, component_selector, selector
-from infra.spec import SessionStore
+from infra.spec import Store
+from infra.spec.serving import Collector
 
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 METADATA_SERVICE = "169.254.169.254/32"
@@ -22,8 +23,10 @@ class NetworkArgs:
     meets: bool
     """Training pods are launches that meet (`local_sgd.launches`)."""
     serves: bool
-    session_stores: Mapping[str, SessionStore]
-    """Where services keep the chat page's sessions, by the service's name."""
+    stores: Mapping[str, Mapping[str, Store]]
+    """What the replicas of services share, by the service's name and what is kept there."""
+    collector: Collector | None
+    """Where servers send their spans."""
     scraped_ports: Sequence[str]
     """Names of the ports at which replicas are scraped: `admin` where `http` asks for API keys."""
     client_namespaces: Sequence[str]
@@ -72,7 +75,12 @@ def _flows(args: NetworkArgs) -> list[_Flow]:
         flows += _meeting()
     if args.serves:
         flows += [*_router_to_services(), _clients(args)]
-        flows += [_session_store(service, store) for service, store in args.session_stores.items()]
+        flows += [
+            _store(service, what, store) for service, stores in args.stores.items() for what, store in stores.items()
+        ]
+        if args.collector:
+            rule = _reach(args.collector.namespace, args.collector.port)
+            flows.append(_Flow(name="serve-reaches-collector", pods=component_selector("serve"), egress=[rule]))
     if args.monitoring_namespace:
         flows += _scrapes(args, args.monitoring_namespace)
     return flows + [_object_store(component) for component in args.object_store_users]
@@ -128,11 +136,14 @@ def _clients(args: NetworkArgs) -> _Flow:
     return _Flow(name="clients-call-router", pods=component_selector("router"), ingress=[rule])
 
 
-def _session_store(service: str, store: SessionStore) -> _Flow:
-    """To the pods of the namespace that keeps it, or out of the cluster, at its one port."""
-    to = _namespace(store.namespace) if store.namespace else _outside()
-    rule = net.NetworkPolicyEgressRuleArgs(to=[to], ports=_tcp(store.port))
-    return _Flow(name=f"{service}-reaches-session-store", pods=selector("serve", service), egress=[rule])
+def _store(service: str, what: str, store: Store) -> _Flow:
+    rule = _reach(store.namespace, store.port)
+    return _Flow(name=f"{service}-reaches-{what}-store", pods=selector("serve", service), egress=[rule])
+
+
+def _reach(namespace: str | None, port: int) -> net.NetworkPolicyEgressRuleArgs:
+    """To the pods of a namespace, or out of the cluster, at one port."""
+    return net.NetworkPolicyEgressRuleArgs(to=[_namespace(namespace) if namespace else _outside()], ports=_tcp(port))
 
 
 def _scrapes(args: NetworkArgs, namespace: str) -> list[_Flow]:

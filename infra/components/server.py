@@ -9,14 +9,15 @@ from pulumi_kubernetes.core import v1 as core
 
 from infra.components.common import env, resources, threads_from_limit
 from infra.components.model_registry import RegistryAccess
-from infra.components.pods import container
+from infra.components.pods import Claim, container
 from infra.spec import PodResources, Runtime, Service
 from infra.spec.runtimes import placeholders
 from infra.spec.serving import LINGER_S, PRE_STOP_S, Adapter
 
 ADMIN_PORT = 9000
-KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT, CACHE_MOUNT = "/keys", "/models", "/runtime", "/cache"
+KEYS_MOUNT, MODELS_MOUNT, FILES_MOUNT, CACHE_MOUNT, BATCHES_MOUNT = "/keys", "/models", "/runtime", "/cache", "/files"
 KEYS_FILE = "keys.json"
+STORE_VARIABLES = {"session": "SESSION_STORE_URL", "prefix": "KV_SPILL_URL"}
 PACKAGE = f"{MODELS_MOUNT}/package"
 # Importing torch and starting CUDA before the port is open, with room for a cold disk.
 START_S = 60
@@ -43,6 +44,8 @@ class Server:
     """Tokens that `kv_gib` holds; None when the stack does not say the model's shape."""
     files: str | None
     """ConfigMap of the runtime's files, where it has some."""
+    collector_url: str | None
+    """Where Slipway's own server sends its spans; None: nowhere."""
 
     @property
     def ports(self) -> dict[str, int]:
@@ -95,7 +98,7 @@ class Server:
 
     @property
     def volumes(self) -> list[core.VolumeArgs]:
-        volumes = [claim.volume for claim in self.registry.claims]
+        volumes = list({claim.claim: claim.volume for claim in self._claims}.values())
         if not self.runtime.follows_channel:
             volumes.append(core.VolumeArgs(name="models", empty_dir=core.EmptyDirVolumeSourceArgs()))
         if self.files:
@@ -115,7 +118,7 @@ class Server:
 
     @property
     def _mounts(self) -> list[core.VolumeMountArgs]:
-        mounts = [claim.mount for claim in self.registry.claims]
+        mounts = [claim.mount for claim in self._claims]
         if not self.runtime.follows_channel:
             mounts.append(core.VolumeMountArgs(name="models", mount_path=MODELS_MOUNT))
         if self.files:
@@ -127,6 +130,12 @@ class Server:
         if self.service.gpus > 1:
             mounts.append(core.VolumeMountArgs(name="shared-memory", mount_path="/dev/shm"))  # noqa: S108
         return mounts
+
+    @property
+    def _claims(self) -> list[Claim]:
+        """The registry's volume, and that of files and batches, which may be the same."""
+        files = self.service.files_claim
+        return [*self.registry.claims, *([Claim(claim=files, mount_path=BATCHES_MOUNT)] if files else [])]
 
     @property
     def _channel(self) -> str:
@@ -149,16 +158,21 @@ class Server:
             "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_MOUNT}/inductor",
             "TRITON_CACHE_DIR": f"{CACHE_MOUNT}/triton",
         }
-        return [*env(**(kept if self.service.cache_gib else {}), **self.runtime.env), *self._session_store()]
+        return [*env(**(kept if self.service.cache_gib else {}), **self.runtime.env), *self._stores(), *self._spans()]
 
-    def _session_store(self) -> list[core.EnvVarArgs]:
-        """By a variable, since a command line shows the URL's password to the whole node; by reference, since manifests are kept."""
-        store = self.service.session_store
-        if store is None:
+    def _stores(self) -> list[core.EnvVarArgs]:
+        """By variables, since a command line shows a URL's password to the whole node; by reference, since manifests are kept."""
+        found: list[core.EnvVarArgs] = []
+        for what, store in self.service.stores.items():
+            key = core.SecretKeySelectorArgs(name=store.secret, key="url")
+            source = core.EnvVarSourceArgs(secret_key_ref=key)
+            found.append(core.EnvVarArgs(name=STORE_VARIABLES[what], value_from=source))
+        return found
+
+    def _spans(self) -> list[core.EnvVarArgs]:
+        if self.collector_url is None or not self.runtime.is_own:
             return []
-        key = core.SecretKeySelectorArgs(name=store.secret, key="url")
-        source = core.EnvVarSourceArgs(secret_key_ref=key)
-        return [core.EnvVarArgs(name="SESSION_STORE_URL", value_from=source)]
+        return env(OTEL_EXPORTER_OTLP_ENDPOINT=self.collector_url, OTEL_SERVICE_NAME=self.service.name)
 
     def _values(self) -> Values:
         """What each placeholder stands for; None: the service does not say."""
@@ -180,6 +194,11 @@ class Server:
             "kv_bytes_per_gpu": kv_bytes // max(service.gpus, 1),
             "kv_tokens": self.kv_tokens,
             "dtype": service.dtype,
+            "quantize": service.quantize,
+            "speculate_tokens": service.speculate_tokens or None,
+            "attention": service.attention if service.attention != "sdpa" else None,
+            "spill_bytes": int(service.spill_gib * 2**30) if service.spill_gib else None,
+            "files_dir": BATCHES_MOUNT if service.files_claim else None,
             "api_keys": f"{KEYS_MOUNT}/{KEYS_FILE}" if keys else None,
             "adapters": tuple(f"{adapter.name}={self._entry(adapter)}" for adapter in service.adapters) or None,
             # With keys `/metrics` asks for one: Prometheus reads it here, and the NetworkPolicies let nobody else in.

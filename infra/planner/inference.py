@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from infra.catalog import Instance, models
 from infra.planner.estimate import GIB, MARGIN, Estimate, total
 from infra.planner.machine import gpu_on
-from infra.planner.serve_memory import FORMATS, NON_TORCH_GIB, NON_TORCH_TP_GIB, activation_bytes, weight_bytes
+from infra.planner.serve_memory import FORMATS, NON_TORCH_GIB, NON_TORCH_TP_GIB, Format, activation_bytes, weight_bytes
 from infra.planner.serve_time import Server
 from infra.planner.shape import Shape
 from infra.planner.simulate import Latency, Load, Room, simulate
@@ -117,7 +117,7 @@ def memory_limit_gib(service: Service, *, instance: Instance) -> float:
 def replica_memory(service: Service, *, shape: Shape, instance: Instance) -> Estimate:
     """Memory of one replica over all its GPUs, GiB."""
     on_gpu = bool(instance.gpu and service.gpus)
-    form = FORMATS["bf16" if value_bytes(service, on_gpu=instance.gpu is not None) == 2 else "fp32"]
+    form = form_of(service, on_gpu=instance.gpu is not None)
     gpus = max(service.gpus, 1)
     parts = {"weights": gpus * weight_bytes(shape, form=form, tp=gpus) / GIB, "KV cache": service.kv_gib}
     if on_gpu:
@@ -126,7 +126,18 @@ def replica_memory(service: Service, *, shape: Shape, instance: Instance) -> Est
         parts["runtime"] = gpus * (CONTEXT_GIB + (NON_TORCH_TP_GIB if gpus > 1 else NON_TORCH_GIB))
     else:
         parts["runtime"] = CPU_RUNTIME_GIB
+        if service.spill_gib:
+            parts["spilled prefixes"] = service.spill_gib
     return total("GiB", parts, "the KV cache is given in bytes and never grows", f"weights in {form.name}")
+
+
+def form_of(service: Service, *, on_gpu: bool) -> Format:
+    """What the layers' weights are stored in. Slipway's own server quantises them in groups of 32 with a 32-bit scale each."""
+    plain = FORMATS["bf16" if value_bytes(service, on_gpu=on_gpu) == 2 else "fp32"]
+    if service.quantize is None:
+        return plain
+    bits = {"int8": 8, "int4": 4}[service.quantize] + 32 / 32
+    return Format(f"{service.quantize} and {plain.name}", bits, False, wide_bits=plain.wide_bits)
 
 
 def with_cache(service: Service, *, share: float, shape: Shape, instance: Instance) -> Service:

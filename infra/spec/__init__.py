@@ -8,7 +8,7 @@ from infra.spec.learning import Lora, Optim
 from infra.spec.load import StackError, line_finder, load, located, parse, read
 from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
 from infra.spec.runtimes import Runtime
-from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, SessionStore, Slo, Traffic
+from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Store, Traffic
 from infra.spec.shape import ModelShape, RopeScaling
 from infra.spec.stack import Severity, Stack, schema, unknown
 from infra.spec.training import Base, Parallelism, PodResources, Training
@@ -38,12 +38,12 @@ __all__ = [
     "Router",
     "Runtime",
     "Service",
-    "SessionStore",
     "Severity",
     "Slo",
     "Stack",
     "StackError",
     "Storage",
+    "Store",
     "Tenancy",
     "Traffic",
     "Training",

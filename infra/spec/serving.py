@@ -89,8 +89,8 @@ class Adapter(Spec):
     """One entry of the registry, for good; null: the channel's."""
 
 
-class SessionStore(Spec):
-    """A Redis or Valkey of the user's own, in which any replica finds the chat page's sessions and histories."""
+class Store(Spec):
+    """A Redis or Valkey of the user's own, in which any replica finds what another has left there."""
 
     secret: Name
     """Secret whose `url` says where: `redis://…` (`rediss://` over TLS), with its password."""
@@ -146,8 +146,20 @@ class Service(Spec):
     """Time to load the model, seconds, which sizes the startup probe; null: estimated."""
     api_keys_secret: Name | None = None
     """Secret whose `keys.json` holds the hashes of API keys (`python -m serving.auth NAME` makes one); null: everyone may ask."""
-    session_store: SessionStore | None = None
+    session_store: Store | None = None
     """Where the chat page's sessions are kept; null: in each replica's memory, so that another replica asks to log in again."""
+    prefix_store: Store | None = None
+    """Where prefixes go that leave the KV cache, for every replica to find; null: they are computed again."""
+    spill_gib: PositiveFloat | None = None
+    """Memory beside the KV cache that such prefixes go to instead, each replica's own, GiB."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Form that the layers' weights get when they are loaded, on a CPU: about a quarter, or a seventh, of float32; null: `dtype`."""
+    speculate_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    """Tokens that are guessed where the text repeats itself, and checked in one step: the same answers, sooner."""
+    attention: Literal["sdpa", "flash"] = "sdpa"
+    """What computes attention on a GPU: torch's own, or FlashAttention with CUDA graphs, in bfloat16."""
+    files_claim: Name | None = None
+    """PersistentVolumeClaim that all replicas mount, where `/v1/files` and `/v1/batches` keep theirs; null: no such routes."""
     adapters: tuple[Adapter, ...] = ()
     """LoRA adapters of the model that requests may ask for by name."""
     cache_gib: PositiveFloat | None = None
@@ -158,6 +170,22 @@ class Service(Spec):
         if self.kv_share is not None and "kv_gib" in self.model_fields_set:
             raise Misplaced("kv_gib says how large the cache is already; leave one of the two out", "kv_share")
         return self
+
+    @model_validator(mode="after")
+    def _one_place_for_prefixes(self) -> Self:
+        if self.spill_gib is not None and self.prefix_store is not None:
+            raise Misplaced("prefixes go to prefix_store already; leave one of the two out", "spill_gib")
+        if self.spill_gib is not None and self.spill_gib >= self.resources.memory_gib:
+            raise Misplaced(
+                f"{self.spill_gib:g} is not below resources.memory_gib {self.resources.memory_gib:g}", "spill_gib"
+            )
+        return self
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """What its replicas share, by what is kept there."""
+        found = {"session": self.session_store, "prefix": self.prefix_store}
+        return {what: store for what, store in found.items() if store}
 
     @property
     def fixed_replicas(self) -> int:
@@ -289,6 +317,19 @@ class Alert(Spec):
     """Seconds that its condition holds before it fires; null: as long as suits what it tells."""
 
 
+class Collector(Spec):
+    """Where spans go, by OTLP over HTTP."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/:@]+:\d{1,5}$")]
+    """Its address: `http://collector.observability:4318`."""
+    namespace: Name | None = None
+    """Namespace whose pods it is; null: it is outside of the cluster."""
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+
 class Monitoring(Spec):
     enabled: bool = True
     """ServiceMonitor, PodMonitor, PrometheusRule and Grafana dashboards (the operator's CRDs must be there)."""
@@ -304,6 +345,8 @@ class Monitoring(Spec):
     """What is other than usual of single alerts: `{SlipwayJobFailed: {enabled: false}}`."""
     namespace: str | None = None
     """Namespace of the dashboards' ConfigMaps; null: the stack's."""
+    collector: Collector | None = None
+    """OpenTelemetry collector that Slipway's servers send a span a request to; null: none."""
 
 
 class Budget(Spec):

@@ -35,18 +35,36 @@ def refuse_unsuited(service: Service, runtime: Runtime, *, trained: bool, keys: 
         )
     if runtime.needs_gpu and not service.gpus:
         raise Misplaced(f"runtime {runtime.name!r} computes on GPUs only; gpus: 1, or another runtime", *keys, "gpus")
-    if runtime.is_own and service.adapters and service.gpus > 1:
-        raise Misplaced(
-            f"a replica that is split over {service.gpus} GPUs takes no adapters; gpus: 1, or a package with the adapter merged",
-            *keys,
-            "adapters",
-        )
-    if service.session_store and not runtime.is_own:
-        raise Misplaced(
-            f"runtime {runtime.name!r} has no chat page, and so no sessions; leave it out", *keys, "session_store"
-        )
+    if runtime.is_own:
+        _refuse_unsuited_to_gpus(service, keys=keys)
+    elif service.stores:
+        lacks = {"session": "has no chat page, and so no sessions", "prefix": "keeps its prefixes to itself"}
+        what = next(iter(service.stores))
+        raise Misplaced(f"runtime {runtime.name!r} {lacks[what]}; leave it out", *keys, f"{what}_store")
     said = {"kv_gib" if key == "kv_share" else key for key in service.model_fields_set}
     for key in sorted({key for key in PLACEHOLDERS.values() if key} & said - runtime.told - {"gpus", "drain_s"}):
         raise Misplaced(
             f"runtime {runtime.name!r} has no such setting, and the value would be lost; leave it out", *keys, key
         )
+
+
+def _refuse_unsuited_to_gpus(service: Service, *, keys: tuple[str | int, ...]) -> None:
+    """Raise `Misplaced` for what Slipway's own server does on one GPU only, on none, or not without."""
+    split = f"a replica that is split over {service.gpus} GPUs"
+    for key, lacks, way_out in (
+        ("adapters", "takes no adapters", "gpus: 1, or a package with the adapter merged"),
+        ("spill_gib", "keeps its prefixes on them", "gpus: 1, or leave it out"),
+        ("prefix_store", "keeps its prefixes on them", "gpus: 1, or leave it out"),
+        ("attention", "computes attention by sdpa", "gpus: 1, or leave it out"),
+    ):
+        if service.gpus > 1 and key in service.model_fields_set and getattr(service, key) not in (None, (), "sdpa"):
+            raise Misplaced(f"{split} {lacks}; {way_out}", *keys, key)
+    if service.quantize and service.gpus:
+        raise Misplaced(
+            "on a GPU these weights would be widened again at each step, which takes longer than reading wide ones; "
+            "leave it out, or runtime: vllm with a package that was quantised for it",
+            *keys,
+            "quantize",
+        )
+    if service.attention == "flash" and (not service.gpus or service.dtype == "float32"):
+        raise Misplaced("FlashAttention computes on a GPU, in bfloat16; attention: sdpa", *keys, "attention")

@@ -293,6 +293,12 @@ def test_a_stacks_own_row_takes_the_place_of_one_that_comes_with_slipway(served:
             {"gpus": 2, "adapters": [{"name": "sql", "model": "sql"}]},
             "services.0.adapters: a replica that is split over 2 GPUs takes no adapters",
         ),
+        (
+            "vllm",
+            {"prefix_store": {"secret": "s"}},
+            "services.0.prefix_store: runtime 'vllm' keeps its prefixes to itself",
+        ),
+        ("vllm", {"files_claim": "f"}, "services.0.files_claim: runtime 'vllm' has no such setting"),
         ("vlm", {}, "services.0.runtime: runtime 'vlm' does not exist; did you mean 'vllm'"),
     ],
 )
@@ -340,6 +346,8 @@ def test_the_own_server_takes_every_flag_of_its_rows(name: str) -> None:
         "model": "s3://registry/models/base/channels/production.json",
         "adapters": ("sql=s3://registry/models/sql/channels/production.json",),
         "dtype": "bfloat16",
+        "quantize": "int8",
+        "attention": "sdpa",
         "gpus": None,
         "admin_host": "127.0.0.1",
     }

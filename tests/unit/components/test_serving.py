@@ -172,6 +172,58 @@ def test_a_session_store_is_told_by_reference_and_reached_by_its_service_alone(
         rendered("prod", inside | {"services.0.runtime": "vllm", "services.0.api_keys_secret": None})
 
 
+def test_prefixes_and_spans_go_where_the_stack_says(rendered: Callable[..., Objects]) -> None:
+    stack = rendered(
+        "prod",
+        {
+            "services.0.prefix_store": {"secret": "prefixes", "namespace": "stores"},
+            "monitoring.collector": {"url": "http://collector.observability:4318", "namespace": "observability"},
+        },
+    )
+    variables = {v["name"]: v for v in server(stack)["env"]}
+    assert variables["KV_SPILL_URL"]["valueFrom"] == {"secretKeyRef": {"name": "prefixes", "key": "url"}}
+    assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"]["value"] == "http://collector.observability:4318"
+    assert variables["OTEL_SERVICE_NAME"]["value"] == "chat"
+    for policy, namespace, port in (
+        ("chat-reaches-prefix-store", "stores", 6379),
+        ("serve-reaches-collector", "observability", 4318),
+    ):
+        (rule,) = stack.one("NetworkPolicy", policy)["spec"]["egress"]
+        assert rule["ports"] == [{"protocol": "TCP", "port": port}]
+        assert rule["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}]
+
+
+def test_what_the_engine_is_told_on_a_cpu(rendered: Callable[..., Objects]) -> None:
+    asked = {"quantize": "int8", "speculate_tokens": 4, "spill_gib": 0.25, "files_claim": "batches"}
+    found = rendered("local", {f"services.0.{key}": value for key, value in asked.items()})
+    told = server(found)
+    flags = ("--quantize", "--speculate-tokens", "--kv-spill", "--files-dir")
+    assert [flag(told, name) for name in flags] == ["int8", "4", str(2**28), "/files"]
+    assert "--attention" not in told["command"]
+    assert {"name": "batches", "mountPath": "/files"} in told["volumeMounts"]
+    plain, narrow = (
+        stack.rendered.outputs["plan"]["services"][0]["memory"]["parts"] for stack in (rendered("local", {}), found)
+    )
+    assert narrow["weights"] < plain["weights"]
+    assert narrow["spilled prefixes"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quantize": "int4"}, r"quantize: on a GPU these weights would be widened again"),
+        ({"gpus": 2, "spill_gib": 1.0}, r"spill_gib: a replica that is split over 2 GPUs"),
+        ({"gpus": 2, "prefix_store": {"secret": "s"}}, r"prefix_store: a replica that is split over 2 GPUs"),
+        ({"spill_gib": 1.0, "prefix_store": {"secret": "s"}}, r"spill_gib: prefixes go to prefix_store already"),
+        ({"spill_gib": 99.0}, r"spill_gib: 99 is not below resources.memory_gib 24"),
+        ({"attention": "flash", "dtype": "float32"}, r"attention: FlashAttention computes on a GPU, in bfloat16"),
+    ],
+)
+def test_what_a_service_cannot_have_is_refused(rendered: Callable[..., Objects], changes: dict, says: str) -> None:
+    with pytest.raises(StackError, match=says):
+        rendered("prod", {f"services.0.{key}": value for key, value in changes.items()})
+
+
 def test_who_may_call_the_router(rendered: Callable[..., Objects]) -> None:
     inside = rendered("prod", {"router.expose": "ClusterIP"}).one("NetworkPolicy", "clients-call-router")
     peers = inside["spec"]["ingress"][0]["from"]
