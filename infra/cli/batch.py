@@ -53,8 +53,8 @@ def batch(
 ) -> None:
     """Answer a file of requests: one answer for each line, in its order, whatever is killed meanwhile.
 
-    On this machine it runs at once, beside what is up; Ctrl-C stops both. With --out it becomes part of the stack's manifests, for a cluster; a
-    stack file says the same under `slipway:batches`.
+    On this machine it runs at once, beside what is up; Ctrl-C stops both. With --out it becomes part of the stack's manifests,
+    for a cluster; a stack file says the same under `slipway:batches`.
     """
     file = stack_file(stack)
     # As planned: a batch says plain values, and a service may leave some to the planner.
@@ -145,5 +145,7 @@ def _run(manifests: Path, state: Path, secrets: Secrets) -> None:
         people.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        people.print("\nStopped, with all that was up. Run it again, and it goes on with the lines that have no answer.")
+        people.print(
+            "\nStopped, with all that was up. Run it again, and it goes on with the lines that have no answer."
+        )
         sys.exit(INTERRUPTED)
