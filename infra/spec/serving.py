@@ -226,6 +226,10 @@ class Circuit(Spec):
     """Retries in flight: in an outage they must not become the load."""
 
 
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$")]
+"""Without underscores, with which the router refuses a request: what stands behind may take them for dashes."""
+CookieName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")]
+"""RFC 6265, a token."""
 HASHED = ("hash_header", "hash_cookie", "hash_prefix_chars")
 """Keys of a router that say what is hashed."""
 
@@ -233,15 +237,15 @@ HASHED = ("hash_header", "hash_cookie", "hash_prefix_chars")
 class Router(Spec):
     policy: Literal["round_robin", "random", "least_request", "ring_hash", "maglev"] = "least_request"
     """How a replica is chosen. Where a `hash_` key is given the default is maglev, which moves fewer sessions than ring_hash."""
-    hash_header: str | None = None
+    hash_header: HeaderName | None = None
     """Request header that ring_hash and maglev hash; without any of these keys: the client's address."""
-    hash_cookie: str | None = None
+    hash_cookie: CookieName | None = None
     """Cookie of the clients' own that ring_hash and maglev hash."""
     hash_prefix_chars: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Characters of the prompt's beginning that ring_hash and maglev hash: what begins alike finds the same prefix cache."""
     hash_balance_percent: Annotated[int, Field(ge=100, le=10_000)] | None = None
     """Most that ring_hash and maglev give a replica, percent of the mean; what is above goes to the next one. null: no limit."""
-    cookie: str | None = None
+    cookie: CookieName | None = None
     """Name of a session cookie: requests that carry it go to the replica that first answered."""
     cookie_ttl_s: PositiveInt = 3600
     """Life of that cookie, seconds."""

@@ -125,6 +125,23 @@ def test_a_hashing_policy_hashes_one_thing_and_else_the_clients_address() -> Non
     assert [Router(hash_cookie="sid").policy, Router(cookie="sid").policy] == ["maglev", "least_request"]
 
 
+@pytest.mark.parametrize("key", ["hash_header", "hash_cookie", "cookie"])
+@pytest.mark.parametrize("name", ["", "a b", "a;b", "ü", ":path", "a\n"])
+def test_a_name_that_no_request_can_carry_is_refused(key: str, name: str) -> None:
+    """Envoy takes it, and balances by nothing."""
+    with pytest.raises(ValueError, match=key):
+        Router.model_validate({key: name})
+
+
+def test_a_header_that_the_router_refuses_is_no_key_of_a_session() -> None:
+    manager = bootstrap(Router(), [CHAT])["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]
+    options = manager["typed_config"]["common_http_protocol_options"]
+    assert options["headers_with_underscores_action"] == "REJECT_REQUEST"
+    with pytest.raises(ValueError, match="hash_header"):
+        Router(hash_header="x_user")
+    assert Router(cookie="my_session").cookie == "my_session"
+
+
 def test_the_admin_interface_is_the_pods_own() -> None:
     config = bootstrap(Router(), [CHAT])
     assert config["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
