@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from serving.api.app import is_ready, metrics_text
+from serving.api.app import metrics_text
 from serving.api.context import Context
 from serving.api.document import takes
 from serving.api.errors import ApiError, bad_request, http_error
@@ -50,11 +50,12 @@ def create_admin(context: Context, stop: asyncio.Event) -> FastAPI:
             }
             for engine in host.engines
         ]  # fmt: skip
+        why = context.unready()
         return {
             "model": host.name,
             "digest": host.current.package.digest if host.current is not None else None,
-            "ready": is_ready(context),
-            "why_not_ready": host.why_not_ready if host.current is None else None,
+            "ready": why is None,
+            "why_not_ready": why.get("why", why["status"]) if why is not None else None,
             "why_not_newer": (host.why_not_ready or None) if host.current is not None else None,
             "leaving": context.lifecycle.leaving,
             "draining": context.lifecycle.draining,

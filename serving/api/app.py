@@ -67,14 +67,10 @@ def create_app(context: Context, batches: BatchStore | None) -> FastAPI:
     return app
 
 
-def is_ready(context: Context) -> bool:
-    return context.host.current is not None and not context.lifecycle.leaving
-
-
 def metrics_text(context: Context) -> bytes:
     host = context.host
     return host.metrics.render(
-        engines=host.engines, ready=is_ready(context), memory=context.memory, sessions=context.sessions
+        engines=host.engines, ready=context.unready() is None, memory=context.memory, sessions=context.sessions
     )
 
 
@@ -88,10 +84,10 @@ def _add_probes(app: FastAPI, context: Context) -> None:
     @app.get("/health/ready", responses={200: answers.of(answers.HEALTH), 503: answers.of(answers.HEALTH)})
     async def ready() -> JSONResponse:
         """200 only when a request would be answered now."""
-        if context.lifecycle.leaving:
-            return JSONResponse({"status": "draining"}, status_code=503)
-        if host.current is None:
-            return JSONResponse({"status": "not ready", "why": host.why_not_ready}, status_code=503)
+        why = context.unready()
+        if why is not None:
+            return JSONResponse(why, status_code=503)
+        assert host.current is not None
         return JSONResponse({"status": "ready", "model": host.name, "digest": host.current.package.digest})
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=documented(401))

@@ -10,6 +10,7 @@ from serving.clerk import Clerk
 from serving.host import ModelHost
 from serving.limits import Quota, Quotas
 from serving.pressure import MemoryWatch
+from serving.pulse import Pulse
 from serving.sessions import Sessions
 from serving.settings import Settings
 from serving.tracing import Spans, Trace
@@ -47,6 +48,19 @@ class Context:
     spans: Spans | None = None
     quotas: Quotas = field(default_factory=Quotas)
     clerk: Clerk = field(default_factory=Clerk)
+    pulse: Pulse = field(default_factory=Pulse)
+
+    def unready(self) -> dict[str, str] | None:
+        """Why a request would not be answered now; None when it would."""
+        if self.lifecycle.leaving:
+            return {"status": "draining"}
+        if self.host.current is None:
+            return {"status": "not ready", "why": self.host.why_not_ready}
+        if self.memory.look():
+            return {"status": "overloaded", "why": "memory is short; new requests are refused"}
+        if self.pulse.is_lost(self.host.current.engine):
+            return {"status": "stuck", "why": "the engine has work, and does not move"}
+        return None
 
 
 @dataclass(frozen=True)

@@ -189,10 +189,14 @@ def test_hostile_structures_are_answered_and_others_go_on(server: Server, name: 
 def test_too_little_memory_refuses_before_anything_is_read(tiny: Path, tmp_path: Path, start_server) -> None:
     """And a second model is not loaded beside the first: it is said, and the first one stays."""
     first, second = publish(tiny, tmp_path), publish(make_package(tmp_path / "next", seed=2), tmp_path)
-    hungry: Server = start_server(point(tmp_path, first), "--min-free-bytes", "100000GiB").wait_ready()
+    hungry: Server = start_server(point(tmp_path, first), "--min-free-bytes", "100000GiB")
+    hungry.wait_for("serving")
     point(tmp_path, second)
     assert "beside the old one" in hungry.wait_for("error")["message"]
-    assert hungry.get("/health/ready").json()["digest"] == first
+    assert hungry.get("/v1/models").json()["data"][0]["digest"] == first
+    unready = hungry.get("/health/ready")
+    assert (unready.status_code, unready.json()["status"]) == (503, "overloaded")  # it would refuse whoever is sent
+    assert hungry.metric("slipway_serve_ready") == 0
     refused = httpx.post(hungry.url + "/v1/completions", json=BODY, timeout=60)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert int(refused.headers["retry-after"]) >= 1
