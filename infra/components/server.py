@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 
 import pulumi
@@ -215,11 +216,11 @@ def command(runtime: Runtime, values: Values) -> list[str]:
     several values is said several times."""
     words = [word.format_map(values) for word in runtime.command]
     for flag, template in runtime.flags.items():
-        told = [values[name] for name in placeholders(template)]
-        if None in told:
+        told = {name: values[name] for name in placeholders(template)}
+        if None in told.values():
             continue
-        several = next((value for value in told if isinstance(value, tuple)), None)
-        for value in several or (template.format_map(values),):
+        for one in product(*(value if isinstance(value, tuple) else (value,) for value in told.values())):
+            value = template.format_map(dict(zip(told, one, strict=True)))
             words += [f"{flag}{value}"] if flag.endswith("=") else [flag, value]
     return words
 

@@ -8,7 +8,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,26 @@ PLACEHOLDERS: dict[str, str | None] = {
     "admin_port": None,
 }
 """What a runtime's words may hold between braces → the key of the service that it says, where it is one."""
+ALWAYS_THERE = frozenset(
+    [
+        "model",
+        "served_name",
+        "port",
+        "linger_s",
+        "drain_s",
+        "max_num_seqs",
+        "max_queued_tokens",
+        "kv_bytes",
+        "kv_bytes_per_gpu",
+        "dtype",
+    ]
+)
+"""Those with one value whatever the service says: the others stand in flags, which are left out, or said several times."""
+UrlPath = Annotated[str, Field(pattern=r"^/[^{}\s]*$")]
+ReadyPath = Annotated[str, Field(pattern=r"^/([^{}\s]|\{served_name\})*$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z_:][A-Za-z0-9_:]*$")]
 METRICS = (
     "slipway_serve_requests_running",
     "slipway_serve_requests_waiting",
@@ -62,11 +82,11 @@ METRICS = (
 
 
 class RuntimeMetrics(Spec):
-    path: str = "/metrics"
+    path: UrlPath = "/metrics"
     """Where they are read."""
     port: Port | None = None
     """Port of their own; null: the API's."""
-    names: dict[str, str] = Field(default={})
+    names: dict[str, MetricName] = Field(default={})
     """Slipway's name → the runtime's own name of a metric of the same kind and unit."""
 
     @model_validator(mode="after")
@@ -82,15 +102,15 @@ class RuntimeMetrics(Spec):
 class Runtime(Spec):
     name: Name
     """Name that services refer to."""
-    image: str | None = None
+    image: Annotated[str, Field(min_length=1)] | None = None
     """Container image; null: the stack's own server."""
     command: tuple[str, ...] = Field(min_length=1)
     """Program and its first words; `{model}`, `{port}` and the like stand for values of the service."""
     flags: dict[str, str] = Field(default={})
     """Flags and their values, left out where the service says nothing. A flag that ends in `=` is one word with its value."""
-    env: dict[str, str] = Field(default={})
+    env: dict[Variable, str] = Field(default={})
     """Environment variables."""
-    files: dict[str, str] = Field(default={})
+    files: dict[FileName, str] = Field(default={})
     """Files that are mounted at /runtime: name → text."""
     api: Api = "openai"
     """What it speaks: `openai` (/v1/chat/completions …), `kserve` (/v2/models/…/infer) or `tensorflow` (/v1/models/…:predict)."""
@@ -98,11 +118,11 @@ class Runtime(Spec):
     """What it loads: a Hugging Face directory, an ONNX graph, TensorFlow SavedModels or a Triton model repository."""
     port: Port = 8000
     """Port of the HTTP API."""
-    live: str = "/health"
+    live: UrlPath = "/health"
     """Path that answers 200 while the process works; it may be closed until the model is loaded."""
-    ready: str = "/health"
+    ready: ReadyPath = "/health"
     """Path that answers 200 when a request would be answered now, and whatever it says within a second."""
-    paths: tuple[str, ...] = ("/v1/",)
+    paths: Annotated[tuple[UrlPath, ...], Field(min_length=1)] = ("/v1/",)
     """Beginnings of the paths that the router passes on."""
     metrics: RuntimeMetrics = RuntimeMetrics()
     """What it measures."""
@@ -122,6 +142,10 @@ class Runtime(Spec):
                 for name in placeholders(word):
                     if name not in PLACEHOLDERS:
                         raise Misplaced(f"{{{name}}} stands for nothing; there is {', '.join(PLACEHOLDERS)}", key)
+                    if key == "command" and name not in ALWAYS_THERE:
+                        raise Misplaced(f"{{{name}}} may stand for nothing, or for several; put it in flags", key)
+        if "metrics_port" in self.placeholders and self.metrics.port is None:
+            raise Misplaced("{metrics_port} stands for metrics.port, which is not there", "flags")
         return self
 
     @property
@@ -156,7 +180,7 @@ class Runtime(Spec):
 
 def placeholders(word: str) -> list[str]:
     """Names between braces."""
-    return [name for _, name, _, _ in Formatter().parse(word) if name]
+    return [name for _, name, _, _ in Formatter().parse(word) if name is not None]
 
 
 @cache

@@ -321,6 +321,16 @@ def test_a_package_is_no_saved_model(rendered: Callable[..., Objects]) -> None:
     ("change", "says"),
     [
         ({"command": ["engine", "{modl}"]}, "{modl} stands for nothing"),
+        ({"command": ["engine", "{}"]}, "{} stands for nothing"),
+        ({"command": ["engine", "{api_keys}"]}, "{api_keys} may stand for nothing, or for several; put it in flags"),
+        ({"flags": {"--metrics": "{metrics_port}"}}, "{metrics_port} stands for metrics.port, which is not there"),
+        ({"ready": "/v1/{model}"}, "ready: must match"),
+        ({"ready": "health"}, "ready: must match"),
+        ({"paths": ["v1/"]}, "paths.0: must match"),
+        ({"paths": []}, "paths: must have 1 or more items"),
+        ({"files": {"../engine.conf": "x"}}, "must match"),
+        ({"env": {"A B": "x"}}, "must match"),
+        ({"metrics": {"names": {"slipway_serve_ttft_seconds": ""}}}, "must match"),
         ({"metrics": {"names": {"slipway_serve_ttft": "x"}}}, "'slipway_serve_ttft' is no metric"),
     ],
 )
@@ -329,9 +339,16 @@ def test_a_row_that_cannot_work_is_refused(rendered: Callable[..., Objects], cha
         rendered("local", {"runtimes": [OWN_ROW | change]})
 
 
+def test_a_flag_of_several_values_is_said_once_for_each_with_all_that_stands_around_it() -> None:
+    row = Runtime.model_validate(OWN_ROW | {"flags": {"--lora": "{adapters}@{port}", "--key=": "{api_keys}"}})
+    values = dict.fromkeys(PLACEHOLDERS) | {"model": "m", "adapters": ("a=1", "b=2"), "port": 80}
+    assert command(row, values)[3:] == ["--lora", "a=1@80", "--lora", "b=2@80"]
+
+
 def test_every_placeholder_has_a_value() -> None:
     """A row may use any of them; the renderer must know them all."""
-    row = Runtime.model_validate(OWN_ROW | {"flags": {f"--{name}": f"{{{name}}}" for name in PLACEHOLDERS}})
+    flags = {f"--{name}": f"{{{name}}}" for name in PLACEHOLDERS}
+    row = Runtime.model_validate(OWN_ROW | {"flags": flags, "metrics": {"port": 8002}})
     values: dict[str, str | int | None] = dict.fromkeys(PLACEHOLDERS, "value")
     assert command(row, values | {"kv_tokens": None})[3:] == [
         word for name in PLACEHOLDERS if name != "kv_tokens" for word in (f"--{name}", "value")
