@@ -13,6 +13,7 @@ from infra.components.recordings import relabelings
 from infra.components.server import command
 from infra.spec import StackError
 from infra.spec.runtimes import PLACEHOLDERS, Runtime, builtin
+from serving import offline
 from serving import settings as server_settings
 
 from .conftest import Json, Objects
@@ -372,3 +373,17 @@ def test_the_own_server_takes_every_flag_of_its_rows(name: str) -> None:
     assert words[:3] == ["python", "-m", "serving"]
     asked = server_settings.parse(words[3:])
     assert (asked.model, asked.max_num_seqs, asked.admin_port, asked.kv_bytes) == (values["model"], 8, 8, 8)
+
+
+def test_the_batch_program_takes_every_word_of_its_job(rendered: Callable[..., Objects]) -> None:
+    batch = {
+        "name": "reviews", "input": "s3://a/in", "output": "s3://a/out", "model": "code-1b", "pool": "serve", "gpus": 2,
+        "resources": {"cpus": 3, "memory_gib": 24}, "shards": 3, "max_model_len": 512, "dtype": "bfloat16", "kv_gib": 2,
+    }  # fmt: skip
+    stack = rendered("prod", {"batches": [batch], "node_pools.1.instance": "g6e.48xlarge", "checks": {"SLW701": "off"}})
+    (container,) = stack.one("Job", "batch-reviews")["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["python", "-m", "serving.offline"]
+    own, asked = offline.parse(container["command"][3:])
+    assert (own.input, own.output, own.shards, own.endpoint) == ("s3://a/in", "s3://a/out", 3, "/v1/chat/completions")
+    assert (asked.max_model_len, asked.kv_bytes, asked.tensor_parallel_size) == (512, 2 << 30, 2)
+    assert (asked.served_name, asked.dtype) == ("code-1b", "bfloat16")
