@@ -24,7 +24,10 @@ from infra.spec.wording import say
 
 ARGUMENTS = {"input": "INPUT", "output": "OUTPUT"}
 TMP = "/tmp"  # noqa: S108 — as the pods have it
-FROM_SERVICE = ("model", "channel", "pool", "gpus", "resources", "max_model_len", "max_num_seqs", "kv_gib", "dtype")
+FROM_SERVICE = (
+    "model", "channel", "pool", "gpus", "resources", "max_model_len", "max_num_seqs", "kv_gib", "dtype", "quantize",
+    "speculate_tokens",
+)  # fmt: skip
 """Keys that a batch takes over from the service whose model it asks."""
 
 

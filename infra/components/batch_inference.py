@@ -81,6 +81,8 @@ class BatchInference(pulumi.ComponentResource):
             "--max-num-seqs": asked.max_num_seqs,
             "--kv-bytes": int(asked.kv_gib * 2**30),
             "--dtype": asked.dtype,
+            "--quantize": asked.quantize,
+            "--speculate-tokens": asked.speculate_tokens or None,
             "--tensor-parallel-size": asked.gpus if asked.gpus > 1 else None,
         }
         words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, Name, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from infra.spec.serving import WIDENED, Guesses, Quantized
 from infra.spec.training import Dtype, PodResources
 
 MOUNT_PATH = "/batch"
@@ -47,6 +48,16 @@ class Batch(Spec):
     """Memory of the KV cache, GiB."""
     dtype: Dtype = "auto"
     """Compute type."""
+    quantize: Quantized | None = None
+    """Form that the layers' weights get when they are loaded, on a CPU; null: `dtype`."""
+    speculate_tokens: Guesses = 0
+    """Tokens that are guessed where the text repeats itself, and checked in one step: the same answers, sooner."""
+
+    @model_validator(mode="after")
+    def _widened_on_no_gpu(self) -> Self:
+        if self.quantize and self.gpus:
+            raise Misplaced(WIDENED, "quantize")
+        return self
 
     @model_validator(mode="after")
     def _answers_are_not_asked(self) -> Self:

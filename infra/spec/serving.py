@@ -29,6 +29,11 @@ EXIT_S = 10
 """After the drain: closing sockets, the engine's exit."""
 
 
+Quantized = Literal["int8", "int4"]
+Guesses = Annotated[int, Field(ge=0, le=16)]
+WIDENED = "on a GPU these weights would be widened again at each step, which takes longer than reading wide ones; leave it out"
+
+
 class Autoscaling(Spec):
     by: Literal["hpa", "keda"] = "hpa"
     """What scales: a HorizontalPodAutoscaler, which needs a metrics adapter, or a ScaledObject of KEDA, which asks Prometheus itself
@@ -152,9 +157,9 @@ class Service(Spec):
     """Where prefixes go that leave the KV cache, for every replica to find; null: they are computed again."""
     spill_gib: PositiveFloat | None = None
     """Memory beside the KV cache that such prefixes go to instead, each replica's own, GiB."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Quantized | None = None
     """Form that the layers' weights get when they are loaded, on a CPU: about a quarter, or a seventh, of float32; null: `dtype`."""
-    speculate_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    speculate_tokens: Guesses = 0
     """Tokens that are guessed where the text repeats itself, and checked in one step: the same answers, sooner."""
     attention: Literal["sdpa", "flash"] = "sdpa"
     """What computes attention on a GPU: torch's own, or FlashAttention with CUDA graphs, in bfloat16."""

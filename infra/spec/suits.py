@@ -2,7 +2,7 @@
 
 from infra.spec.base import Misplaced
 from infra.spec.runtimes import PLACEHOLDERS, Runtime
-from infra.spec.serving import Service
+from infra.spec.serving import WIDENED, Service
 
 ROUTES = {
     "openai": "OpenAI's routes (/v1/chat/completions, …)",
@@ -60,11 +60,6 @@ def _refuse_unsuited_to_gpus(service: Service, *, keys: tuple[str | int, ...]) -
         if service.gpus > 1 and key in service.model_fields_set and getattr(service, key) not in (None, (), "sdpa"):
             raise Misplaced(f"{split} {lacks}; {way_out}", *keys, key)
     if service.quantize and service.gpus:
-        raise Misplaced(
-            "on a GPU these weights would be widened again at each step, which takes longer than reading wide ones; "
-            "leave it out, or runtime: vllm with a package that was quantised for it",
-            *keys,
-            "quantize",
-        )
+        raise Misplaced(f"{WIDENED}, or runtime: vllm with a package that was quantised for it", *keys, "quantize")
     if service.attention == "flash" and (not service.gpus or service.dtype == "float32"):
         raise Misplaced("FlashAttention computes on a GPU, in bfloat16; attention: sdpa", *keys, "attention")

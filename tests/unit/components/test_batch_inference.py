@@ -83,6 +83,26 @@ def test_what_contradicts_itself_is_refused_at_its_line(rendered: Callable[..., 
             rendered("prod", {"batches": [BATCH | unseen]})
 
 
+def test_what_the_engine_is_told(rendered: Callable[..., Objects]) -> None:
+    narrow = {"gpus": 0, "quantize": "int4", "speculate_tokens": 2}
+    local = {
+        "pool": "laptop",
+        "model": "pylib",
+        "resources": {"cpus": 1, "memory_gib": 2},
+        "input": "s3://a/in.jsonl",
+        "output": "s3://a/out",
+    }
+    (job,) = [
+        job
+        for job in rendered("local", {"batches": [BATCH | local | narrow]}).kind("Job")
+        if "batch" in job["metadata"]["name"]
+    ]
+    words = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert [words[words.index(flag) + 1] for flag in ("--quantize", "--speculate-tokens")] == ["int4", "2"]
+    with pytest.raises(StackError, match=r"batches\.0\.quantize: on a GPU these weights"):
+        rendered("prod", {"batches": [BATCH | narrow | {"gpus": 1}]})
+
+
 def test_the_command_adds_a_batch_to_the_stacks_manifests(tmp_path: Path) -> None:
     words = ["batch", "s3://a/in.jsonl", "s3://a/out", "-s", "prod", "--shards", "3", "--out", str(tmp_path), "--json"]
     done = CliRunner().invoke(app, words)
