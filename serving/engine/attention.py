@@ -68,7 +68,8 @@ class KVPool:
         return torch.from_numpy((rows * self.block_size + offsets[:, None]).reshape(-1)).to(self.device)
 
     def write(self, layer: int, slots: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
-        kv = torch.stack((k_NKD, v_NKD), dim=1).view(-1, self.head_dim)
+        """What is no number is kept as 0: whoever has the block next masks it, and a masked NaN is still a NaN."""
+        kv = torch.stack((k_NKD, v_NKD), dim=1).view(-1, self.head_dim).nan_to_num_(0.0, 0.0, 0.0)
         self.layers[layer].view(-1, self.head_dim).index_copy_(0, slots, kv)
 
     def past(self, layer: int, rows: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,10 @@ struct Cache {
 
     long at(long block, long kv, long head) const { return ((block * 2 + kv) * kv_heads + head) * BLOCK * dim; }
 
+    // What is no number is kept as 0. Whoever has the block next gives weight 0 to what lies behind its own tokens, and
+    // 0 · NaN is NaN: one request that overflows would spoil others' answers.
     void put(long index, float value) const {
+        if (!std::isfinite(value)) value = 0.0f;
         if (half) ((uint16_t*)data)[index] = float_to_bf16(value);
         else ((float*)data)[index] = value;
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from serving.errors import Refused
 from serving.model.adapter import AdapterFile, shapes
 from serving.model.config import ModelConfig
 from serving.model.llama import Llama
@@ -96,7 +97,7 @@ def attach(model: Llama) -> Groups:
 def read_lora(
     file: AdapterFile, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, shard: Shard
 ) -> Lora:
-    """The adapter's matrices, or one rank's share of them, on `device`. `config` is the whole model's."""
+    """The adapter's matrices, or one rank's share of them, on `device`. `config` is the whole model's. Raises `Refused`."""
     by_place = {(target.layer, target.module): target for target in file.targets}
     deltas: dict[str, Delta] = {}
     with safe_open(file.path, framework="pt") as tensors:
@@ -112,6 +113,9 @@ def read_lora(
                     if target is not None:
                         a_RK = tensors.get_tensor(f"{target.key}.lora_A.weight").float()
                         b_NR = tensors.get_tensor(f"{target.key}.lora_B.weight").float() * target.scale
+                        if not (a_RK.isfinite().all() and b_NR.isfinite().all()):
+                            what = f"'{target.key}' holds values that are no numbers"
+                            raise Refused(what, where=str(file.path), fix="Save the adapter again, or an earlier one")
                         a.append(a_RK[:, first:last] if split_inputs else a_RK)
                         b_NR = b_NR if split_inputs else b_NR[first:last]
                         parts.append(Part(start, stop, low, low + target.rank, b_NR.to(device, dtype)))

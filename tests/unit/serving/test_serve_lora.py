@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import make_adapter, write_adapter
 from tiny_packages import make_package
 
+from serving.engine import parts
 from serving.engine.engine import Engine
 from serving.engine.messages import AdapterRef, Output, SamplingParams
 from serving.errors import Refused
@@ -125,6 +126,28 @@ def test_an_adapter_that_changed_on_disk_fails_its_requests_and_no_others(
     assert "changed on disk" in failed.text
     assert outputs[-1].num_tokens == GREEDY.max_tokens
     assert e.scheduler.blocks.used_ratio == 0.0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_adapter_that_overflows_spoils_no_answer_but_its_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """The others have the blocks after it, whose ends hold what it left. With values that are none it is not taken."""
+    if not compiled:
+        monkeypatch.setattr(parts, "_kernels", lambda *_: None)
+    expected = engine(tiny).generate(prompts(8), GREEDY)
+    e, root = engine(tiny, kv_bytes=45 * 8192), write_adapter(tmp_path / "a", seed=9)  # 45 blocks
+    weights = load_file(root / "adapter_model.safetensors")
+    for factor, says in ((1e25, ""), (torch.inf, "no numbers")):
+        save_file({name: factor * tensor for name, tensor in weights.items()}, root / "adapter_model.safetensors")
+        for seq_id in range(3):
+            e.add(seq_id, [1 + seq_id] * 200, GREEDY, arrived_s=0.0, adapter=ref_of(tiny, root))
+        ends = []
+        while e.has_work:
+            ends += [output for output in e.step() if output.finish_reason]
+        assert [says in output.text for output in ends] == [True] * 3
+        assert {output.finish_reason for output in ends} == {"failed" if says else "length"}
+        assert e.generate(prompts(8), GREEDY) == expected
 
 
 class SlowDisk:
