@@ -6,6 +6,8 @@ from infra.spec import Router
 
 Json = dict[str, Any]
 TYPES = "type.googleapis.com/envoy"
+SESSION_FILTER = "envoy.filters.http.stateful_session"
+SESSION_TYPES = f"{TYPES}.extensions.filters.http.stateful_session.v3"
 LB_POLICY = {
     "round_robin": "ROUND_ROBIN",
     "random": "RANDOM",
@@ -59,23 +61,28 @@ def affinity_filters(router: Router) -> list[Json]:
         }
         filters.append({"name": "envoy.filters.http.lua", "typed_config": typed})
     if router.cookie:
-        filters.append(_session_filter(router, router.cookie))
+        typed = {"@type": f"{SESSION_TYPES}.StatefulSession", **_session(router, path="/")}
+        filters.append({"name": SESSION_FILTER, "typed_config": typed})
     return filters
 
 
-def _session_filter(router: Router, name: str) -> Json:
+def session_below(router: Router, *, prefix: str) -> Json:
+    """What a route below a service's own `prefix` has of its own: a cookie for that path, or services would overwrite each other's."""
+    if router.cookie is None or prefix == "/":
+        return {}
+    own = {"@type": f"{SESSION_TYPES}.StatefulSessionPerRoute", "stateful_session": _session(router, path=prefix)}
+    return {"typed_per_filter_config": {SESSION_FILTER: own}}
+
+
+def _session(router: Router, *, path: str) -> Json:
     """A session cookie, which names the replica for as long as that one is healthy.
 
     Under the policies that hash as well: a cookie that Envoy makes to be hashed is the same for all clients of one
     connection, and a load balancer before the router sends many clients over one.
     """
-    cookie = {"name": name, "path": "/", "ttl": f"{router.cookie_ttl_s}s"}
+    cookie = {"name": router.cookie, "path": path, "ttl": f"{router.cookie_ttl_s}s"}
     state = {"@type": f"{TYPES}.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState", "cookie": cookie}
-    typed = {
-        "@type": f"{TYPES}.extensions.filters.http.stateful_session.v3.StatefulSession",
-        "session_state": {"name": "envoy.http.stateful_session.cookie", "typed_config": state},
-    }
-    return {"name": "envoy.filters.http.stateful_session", "typed_config": typed}
+    return {"session_state": {"name": "envoy.http.stateful_session.cookie", "typed_config": state}}
 
 
 def _prefix_script(chars: int) -> str:

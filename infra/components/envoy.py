@@ -16,6 +16,7 @@ from infra.components.balancing import (
     hash_policy,
     lb_policy,
     outlier_detection,
+    session_below,
 )
 from infra.components.balancing import retries as retry_policy
 from infra.spec import Router
@@ -159,7 +160,8 @@ def _route(router: Router, backend: Backend, *, prefix: str, path: str) -> Json:
         action["prefix_rewrite"] = path
     if hashes := hash_policy(router):
         action["hash_policy"] = hashes
-    return {"match": {"prefix": prefix + path.removeprefix("/")}, "route": action}
+    match = {"prefix": prefix + path.removeprefix("/")}
+    return {"match": match, "route": action, **session_below(router, prefix=prefix)}
 
 
 def _router_filter() -> Json:

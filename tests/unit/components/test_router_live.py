@@ -23,6 +23,7 @@ from tests.ports import free_ports
 
 ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"
 CHAT = Backend(name="chat", host="chat-pods", port=8000, ready="/health/ready", paths=("/",), lingers=True)
+CODE = Backend(name="code", host="code-pods", port=8000, ready="/health/ready", paths=("/",), lingers=True)
 
 
 class Replica(ThreadingHTTPServer):
@@ -70,9 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@pytest.fixture
-def replicas() -> Iterator[list[Replica]]:
-    servers = [Replica("a"), Replica("b")]
+@contextmanager
+def started(*names: str) -> Iterator[list[Replica]]:
+    servers = [Replica(name) for name in names]
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield servers
@@ -81,26 +82,34 @@ def replicas() -> Iterator[list[Replica]]:
         server.server_close()
 
 
+@pytest.fixture
+def replicas() -> Iterator[list[Replica]]:
+    with started("a", "b") as servers:
+        yield servers
+
+
 @contextmanager
 def envoy(
-    directory: Path, router: Router, replicas: list[Replica], **manager: Any
+    directory: Path, router: Router, replicas: list[Replica], *, coders: list[Replica] | None = None, **manager: Any
 ) -> Iterator[tuple[httpx.Client, str]]:
-    """Envoy with the rendered configuration, moved to free ports of this machine; yields a client and the metrics' URL."""
-    config = bootstrap(router, [CHAT])
+    """Envoy with the rendered configuration, moved to free ports of this machine; yields a client and the metrics' URL.
+
+    `coders`: those of a second service.
+    """
+    config = bootstrap(router, [CHAT, CODE] if coders else [CHAT])
     ports = dict(zip((HTTP_PORT, METRICS_PORT, ADMIN_PORT), free_ports(3), strict=True))
     moved = yaml.safe_dump(config)
     for port, free in ports.items():
         moved = moved.replace(f"port_value: {port}\n", f"port_value: {free}\n")
     config = yaml.safe_load(moved.replace("0.0.0.0", "127.0.0.1"))
-    cluster = config["static_resources"]["clusters"][0]
-    endpoints = [
-        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": replica.server_port}}}}
-        for replica in replicas
-    ]
-    cluster |= {
-        "type": "STATIC",
-        "load_assignment": {"cluster_name": "chat", "endpoints": [{"lb_endpoints": endpoints}]},
-    }
+    for cluster, servers in zip(config["static_resources"]["clusters"], (replicas, coders or ()), strict=False):
+        endpoints = [
+            {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": server.server_port}}}}
+            for server in servers
+        ]
+        if endpoints:
+            assignment = {"cluster_name": cluster["name"], "endpoints": [{"lb_endpoints": endpoints}]}
+            cluster |= {"type": "STATIC", "load_assignment": assignment}
     public = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     public["common_http_protocol_options"] |= manager
     file = directory / "envoy.yaml"
@@ -109,7 +118,8 @@ def envoy(
     process = subprocess.Popen(command)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{ports[HTTP_PORT]}", timeout=10, trust_env=False) as client:
-            until(lambda: client.get("/v1/x").status_code == 200)
+            until(lambda: client.get("/chat/v1/x").status_code == 200)
+            client.cookies = httpx.Cookies()
             yield client, f"http://127.0.0.1:{ports[METRICS_PORT]}"
     finally:
         process.kill()
@@ -195,8 +205,18 @@ def test_a_services_name_is_taken_off_its_path(tmp_path: Path, replicas: list[Re
 @pytest.mark.parametrize("policy", ["least_request", "ring_hash", "maglev"])
 def test_a_session_stays_with_its_replica(tmp_path: Path, replicas: list[Replica], policy: Any) -> None:
     with envoy(tmp_path, Router(policy=policy, cookie="session"), replicas) as (client, _):
+        client.get("/v1/x")
         assert "session" in client.cookies
         assert len({client.get("/v1/x").json()["replica"] for _ in range(20)}) == 1
+
+
+def test_a_client_of_two_services_has_a_session_with_each(tmp_path: Path, replicas: list[Replica]) -> None:
+    """One cookie for both would name the replica of the one that was asked last."""
+    router = Router(policy="round_robin", cookie="session")
+    with started("c", "d") as coders, envoy(tmp_path, router, replicas, coders=coders) as (client, _):
+        until(lambda: client.get("/code/v1/x").status_code == 200)
+        met = [client.get(f"/{service}/v1/x").json()["replica"] for _ in range(6) for service in ("chat", "code")]
+    assert [len(set(met[0::2])), len(set(met[1::2]))] == [1, 1]
 
 
 def test_round_robin_uses_every_replica(tmp_path: Path, replicas: list[Replica]) -> None:
