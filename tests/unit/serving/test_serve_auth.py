@@ -1,5 +1,6 @@
 """Who may ask, and how much: keys, quotas, tenants, the admin port, deadlines; and traces of what was asked."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -41,6 +42,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entry("dan", requests_per_minute=2),
         entry("eve", tokens_per_minute=30),
         entry("old"),
+        entry("low", priority="batch"),
     ]
     path.write_text(json.dumps({"keys": keys}))
     return path
@@ -151,6 +153,21 @@ def test_what_makes_no_tokens_is_a_request_too(server: Server) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert int(answer.headers["retry-after"]) >= 1
     assert httpx.get(server.url + "/v1/models", headers=key).status_code == 200
+
+
+def test_a_key_of_the_class_batch_fills_half_the_queue(server: Server) -> None:
+    engine = server.engine()
+    with contextlib.ExitStack() as streams:
+
+        def opened(key: str) -> int:
+            body = {**BODY, "prompt": [5] * 120, "stream": True}
+            headers = {"authorization": f"Bearer {key}"}
+            asked = httpx.stream("POST", server.url + "/v1/completions", json=body, headers=headers, timeout=60)
+            return streams.enter_context(asked).status_code
+
+        engine.suspend()
+        streams.callback(engine.resume)
+        assert [opened(key) for key in ("low", "low", "low", "ada", "ada", "ada")] == [200, 200, 429, 200, 200, 429]
 
 
 def test_keys_are_read_again_and_bad_ones_change_nothing(server: Server, key_file: Path) -> None:
