@@ -87,8 +87,12 @@ class Gate:
         try:
             user = await self.context.sessions.user(token)
         except StoreError as error:
-            raise ApiError(503, f"Try again: {error}", code="sessions_unavailable", retry_after_s=2) from None
+            raise store_away(error) from None
         return self.context.keys.named(user) if user else None
+
+
+def store_away(error: StoreError) -> ApiError:
+    return ApiError(503, f"Try again: {error}", code="sessions_unavailable", retry_after_s=2)
 
 
 def is_open(path: str) -> bool:

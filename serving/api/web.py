@@ -1,8 +1,6 @@
 """The chat page at `/`: its files, and the session behind it (log in with an API key, log out, history)."""
 
 import re
-from collections.abc import Awaitable, Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +12,7 @@ from serving.api import answers
 from serving.api.context import Context
 from serving.api.document import path_parameter, takes
 from serving.api.errors import ApiError, documented
-from serving.api.gate import COOKIE, same_origin, session_token
+from serving.api.gate import COOKIE, same_origin, session_token, store_away
 from serving.api.protocol import parse
 from serving.api.sse import read_body
 from serving.sessions import SESSION_TTL_S, StoreError, owner_of
@@ -57,6 +55,10 @@ def add_chat_page(app: FastAPI, context: Context) -> None:
     _add_session(app, context)
     _add_history(app, context)
 
+    @app.exception_handler(StoreError)
+    async def away(_request: Request, error: StoreError) -> JSONResponse:
+        return store_away(error).response()
+
 
 def _add_files(app: FastAPI) -> None:
     def send(name: str) -> FileResponse:
@@ -75,7 +77,6 @@ def _add_files(app: FastAPI) -> None:
 
 def _add_session(app: FastAPI, context: Context) -> None:
     @app.get("/web/session", responses={200: answers.of(answers.SESSION), **documented(503)})
-    @told
     async def session(request: Request) -> Response:
         """Who is logged in, and what the page needs to know of the server."""
         user = await _user(context, request)
@@ -86,7 +87,6 @@ def _add_session(app: FastAPI, context: Context) -> None:
     errors = documented(400, 401, 403, 408, 413, 503)
 
     @app.post("/web/login", responses={200: answers.of(answers.SESSION), **errors}, openapi_extra=takes(Login))
-    @told
     async def login(request: Request) -> Response:
         _same_origin(request)
         body = parse(Login, await read_body(request, limit_bytes=4096, timeout_s=10))
@@ -99,7 +99,6 @@ def _add_session(app: FastAPI, context: Context) -> None:
         return response
 
     @app.post("/web/logout", status_code=204, responses=documented(403, 503))
-    @told
     async def logout(request: Request) -> Response:
         """Ends the session in the store too: the cookie is worth nothing afterwards, wherever a copy of it is."""
         _same_origin(request)
@@ -114,7 +113,6 @@ def _add_history(app: FastAPI, context: Context) -> None:
     one = path_parameter("conversation", pattern=CONVERSATION_ID)
 
     @app.get("/web/conversations", responses={200: answers.of(answers.CONVERSATIONS), **errors})
-    @told
     async def conversations(request: Request) -> Response:
         owner = await _owner(context, request)
         return JSONResponse({"conversations": await context.sessions.conversations(owner) if owner else []})
@@ -123,7 +121,6 @@ def _add_history(app: FastAPI, context: Context) -> None:
         "/web/conversations/{conversation}", status_code=204,
         responses={**errors, **documented(400, 408, 413)}, openapi_extra={**takes(Conversation), **one},
     )  # fmt: skip
-    @told
     async def keep(request: Request) -> Response:
         """Stores a conversation. A browser without a session gets one, so that the next visit finds it."""
         _same_origin(request)
@@ -142,7 +139,6 @@ def _add_history(app: FastAPI, context: Context) -> None:
         "/web/conversations/{conversation}", status_code=204,
         responses={**errors, **documented(400)}, openapi_extra=one,
     )  # fmt: skip
-    @told
     async def forget(request: Request) -> Response:
         _same_origin(request)
         owner = await _owner(context, request)
@@ -185,18 +181,3 @@ def _same_origin(request: Request) -> None:
 def _set_cookie(request: Request, response: Response, token: str) -> None:
     secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto") == "https"
     response.set_cookie(COOKIE, token, max_age=SESSION_TTL_S, httponly=True, samesite="strict", secure=secure)
-
-
-def told(
-    route: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    """A route whose store cannot be reached answers 503."""
-
-    @wraps(route)
-    async def guarded(request: Request) -> Response:
-        try:
-            return await route(request)
-        except StoreError as error:
-            raise ApiError(503, f"Try again: {error}", code="sessions_unavailable", retry_after_s=2) from None
-
-    return guarded
