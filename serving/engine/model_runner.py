@@ -12,7 +12,8 @@ from serving.engine.messages import TokenLogprob
 from serving.engine.sampler import logprobs, sample
 from serving.engine.scheduler import Scheduled
 from serving.engine.sequence import Sequence
-from serving.model.llama import Llama, rope_table
+from serving.model.llama import Llama
+from serving.model.rope import rope_table
 
 
 class Sampled(NamedTuple):

@@ -17,7 +17,7 @@ from serving.engine.ranks import Begin, Join, Logits, Message, Store, Work, meet
 from serving.engine.scheduler import Scheduled
 from serving.errors import Refused
 from serving.model.config import ModelConfig
-from serving.model.llama import rope_table
+from serving.model.rope import rope_table
 from serving.model.shard import SplitHead, join
 
 ENGINE_DEATH_S = 1.0

@@ -1,6 +1,7 @@
 """A model's shape, read from a Hugging Face `config.json`. Anything that would change the numbers is read or refused."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ MOST, MOST_LAYERS = 1 << 24, 1 << 12  # a damaged config is told as such, and ta
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling: wavelengths beyond the old context are stretched by `factor`, smoothly."""
+    """How turns are slowed down for a context `factor` times as long as the first one (rope.py)."""
 
+    kind: str  # linear, llama3, yarn
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+    original_max_positions: int = 0
+    low_turns: float = 0.0  # over the first context: what makes fewer is slowed down whole, …
+    high_turns: float = 0.0  # … and what makes more is left alone
+    whole_pairs: bool = True
+    attention_factor: float = 1.0  # of queries and keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,9 @@ def _from_json(raw: dict[str, Any], *, where: str) -> ModelConfig:
         what = "positions that differ by the kind of layer are not served"
         raise Refused(what, where=where, fix="Serve a model whose layers are of one kind")
     rope = {**raw, **said}
-    positions = _size(raw["max_position_embeddings"])
+    scaling, positions = _rope_scaling(rope, where=where), _size(raw["max_position_embeddings"])
+    if scaling is not None and scaling.kind == "yarn":  # often added to a config that still says the first context
+        positions = max(positions, _size(int(scaling.original_max_positions * scaling.factor)))
     window = raw.get("sliding_window")
     if window and (family == "mistral" or raw.get("use_sliding_window")):
         positions = min(positions, _size(window))
@@ -100,7 +106,7 @@ def _from_json(raw: dict[str, Any], *, where: str) -> ModelConfig:
         ffn=_size(raw["intermediate_size"]),
         norm_eps=_number(raw["rms_norm_eps"]),
         rope_theta=_number(rope.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope, where=where),
+        rope_scaling=scaling,
         max_positions=positions,
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=bias or family == "qwen2",
@@ -115,14 +121,40 @@ def _rope_scaling(rope: dict[str, Any], *, where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise Refused(f"rope_type '{kind}' is not served", where=where, fix="Served are: default, llama3")
+    if kind not in ("linear", "llama3", "yarn"):
+        fix = "Served are: default, linear, llama3, yarn"
+        raise Refused(f"rope_type '{kind}' is not served", where=where, fix=fix)
+    factor = _number(rope["factor"])
+    if kind == "linear":
+        return RopeScaling(kind=kind, factor=factor)
+    first = _size(rope.get("original_max_position_embeddings") or rope["max_position_embeddings"])
+    if kind == "llama3":
+        low, high = _number(rope["low_freq_factor"]), _number(rope["high_freq_factor"])
+        return RopeScaling(kind=kind, factor=factor, original_max_positions=first, low_turns=low, high_turns=high)
+    if _number(rope.get("rope_theta", 10_000.0)) <= 1:
+        raise ValueError("yarn needs a rope_theta above 1")
     return RopeScaling(
-        factor=_number(rope["factor"]),
-        low_freq_factor=_number(rope["low_freq_factor"]),
-        high_freq_factor=_number(rope["high_freq_factor"]),
-        original_max_positions=_size(rope["original_max_position_embeddings"]),
+        kind=kind,
+        factor=factor,
+        original_max_positions=first,
+        low_turns=_number(rope.get("beta_slow") or 1.0),
+        high_turns=_number(rope.get("beta_fast") or 32.0),
+        whole_pairs=bool(rope.get("truncate", True)),
+        attention_factor=_attention_factor(rope, factor),
     )
+
+
+def _attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """YaRN's, by its eq. 22 unless the config says one, or the two scales of DeepSeek's models."""
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return _number(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(_number(rope["mscale"])) / scale(_number(rope["mscale_all_dim"]))
+    return scale(1.0)
 
 
 def _size(value: Any, *, most: int = MOST) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serving.model.config import ModelConfig, RopeScaling
+from serving.model.config import ModelConfig
 
 
 class Attend(Protocol):
@@ -49,28 +49,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rope_table(config: ModelConfig, *, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each positions × 1 × D in float32, for the half-split rotation of Hugging Face's checkpoints.
-
-    The first half of sin is negated, which turns `rotate_half(x) * sin` into `roll(x, D/2) * sin`.
-    Source: RoFormer (arXiv 2104.09864), eq. 34; its scaling, Llama 3.1's release (`rope_type` llama3).
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling is not None:
-        inv_freq = _scale_frequencies(inv_freq, config.rope_scaling)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
-
-
-def _scale_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    turns = scaling.original_max_positions * inv_freq / (2 * torch.pi)  # over the context that was trained first
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: stretch by the factor; 1: leave as it is
-    return keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor
 
 
 class Rotary(nn.Module):

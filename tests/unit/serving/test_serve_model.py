@@ -17,13 +17,15 @@ from serving.engine.sequence import Sequence
 from serving.errors import Refused
 from serving.kernels.cpu import Kernels, kernels
 from serving.model.config import ModelConfig
-from serving.model.llama import Linear, Llama, rope_table
+from serving.model.llama import Linear, Llama
 from serving.model.packed import PackedBlocks, pack
 from serving.model.quantized import GROUP, quantize, quantize_layers
+from serving.model.rope import rope_table
 from serving.model.weights import load
 from serving.settings import Settings
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32}
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 128,
@@ -34,6 +36,10 @@ FAMILIES = {
     "llama-3.1-rope": (
         "Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 16}},
     ),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "qwen2-yarn-rope": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3-yarn-rope": ("Qwen3", {"head_dim": 128, "rope_parameters": {**YARN, "beta_fast": 8, "truncate": False}}),
+    "llama-yarn-rope": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}}),
     "mistral": ("Mistral", {"head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
@@ -94,13 +100,23 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     assert torch.allclose(forward(model, ids), expected, atol=1e-4)
 
 
+def test_yarn_serves_the_context_that_it_makes(tmp_path: Path) -> None:
+    root = make_package(tmp_path / "p")
+    config = json.loads((root / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": config["max_position_embeddings"]}
+    (root / "config.json").write_text(json.dumps({**config, "rope_parameters": {**yarn, "rope_theta": 1e6}}))
+    assert ModelConfig.read(root / "config.json").max_positions == 4 * config["max_position_embeddings"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"hidden_act": "gelu"}, "silu"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 1e9}}, "is no size"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "yarn needs a rope_theta above 1"),
         ({"intermediate_size": 256}, "shape"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "no place"),
