@@ -46,25 +46,25 @@ class Meter:
         """Goes on from the rows of the log that are kept: time that led to no kept row is lost time."""
         self._useful_s = sum(row.get("useful_s", 0.0) for row in rows)
         self._first_at = rows[0]["at"] - rows[0]["useful_s"] if rows and "at" in rows[0] else time.time()
-        self._steps, self._useful_now_s, self._mark_s = 0, 0.0, time.monotonic()
+        self._steps, self._useful_now_s, self._wall_s, self._mark_s = 0, 0.0, 0.0, time.monotonic()
         self._waited_s = self._cursor.wait_s
 
     def stepped(self, seconds: float) -> None:
         """One step was made, in so many seconds."""
         self._steps += 1
         self._useful_now_s += seconds
+        self._wall_s = time.monotonic() - self._mark_s  # read once: all that is said of a step is of one moment
 
     @property
     def tokens_per_s(self) -> float:
         """Over all ranks and all time since the last row, checkpoints included."""
         tokens = self._steps * self._config.global_batch * self._config.seq
-        return tokens / (time.monotonic() - self._mark_s)
+        return tokens / self._wall_s
 
     def row(self) -> dict[str, float]:
         """What the steps since the last row took; begins the next."""
         now = time.time()
         tokens_per_s, waited_s = self.tokens_per_s, self._cursor.wait_s - self._waited_s
-        wall_s = time.monotonic() - self._mark_s
         self._useful_s += self._useful_now_s
         allocated, reserved = peak_memory_bytes(self._device)
         row = {
@@ -72,7 +72,7 @@ class Meter:
             "useful_s": self._useful_now_s,
             "step_s": self._useful_now_s / self._steps,
             "tokens_per_s_per_rank": tokens_per_s / self._world,
-            "data_wait_ratio": waited_s / wall_s,
+            "data_wait_ratio": waited_s / self._wall_s,
             "memory_peak_bytes": allocated,
             "memory_reserved_peak_bytes": reserved,
             "goodput_ratio": min(self._useful_s / max(now - self._first_at, 1e-9), 1.0),
