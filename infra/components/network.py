@@ -8,8 +8,7 @@ from pulumi_kubernetes.meta.v1 import LabelSelectorArgs
 from pulumi_kubernetes.networking import v1 as net
 
 from infra.components.common import Scope, component_selector, selector
-from infra.spec import Store
-from infra.spec.serving import Collector
+from infra.spec import Collector, Store
 
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 METADATA_SERVICE = "169.254.169.254/32"

@@ -6,9 +6,11 @@ from infra.spec.data import Data, Located
 from infra.spec.judging import Evaluate, Gate
 from infra.spec.learning import Lora, Optim
 from infra.spec.load import StackError, line_finder, load, located, parse, read
+from infra.spec.monitoring import Budget, Collector, Monitoring, Objectives
 from infra.spec.platform import Images, NodePool, Platform, Quota, Registry, Storage, Tenancy
+from infra.spec.routing import Router
 from infra.spec.runtimes import Runtime
-from infra.spec.serving import Autoscaling, Budget, Monitoring, Objectives, Router, Service, Slo, Store, Traffic
+from infra.spec.serving import Autoscaling, Service, Slo, Store, Traffic
 from infra.spec.shape import ModelShape, RopeScaling
 from infra.spec.stack import Severity, Stack, schema, unknown
 from infra.spec.training import Base, Parallelism, PodResources, Training
@@ -18,6 +20,7 @@ __all__ = [
     "Base",
     "Batch",
     "Budget",
+    "Collector",
     "Data",
     "Evaluate",
     "Gate",

@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 
 from infra.spec.base import Misplaced, Spec
 from infra.spec.batch import MOUNT_PATH, Batch
+from infra.spec.monitoring import Budget, Monitoring
 from infra.spec.platform import Images, NodePool, Platform, Registry, Storage, Tenancy
+from infra.spec.routing import Router
 from infra.spec.runtimes import Runtime, builtin
-from infra.spec.serving import Budget, Monitoring, Router, Service
+from infra.spec.serving import Service
 from infra.spec.suits import refuse_unsuited
 from infra.spec.training import Training
 

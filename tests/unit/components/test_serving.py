@@ -10,7 +10,7 @@ import pytest
 from infra.components.alerts import rule_groups
 from infra.live.scrape import INDEX
 from infra.spec import StackError, load
-from infra.spec.serving import AlertName
+from infra.spec.monitoring import AlertName
 
 from .conftest import STACKS, Json, Objects
 
