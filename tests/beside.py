@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipway" / "test-packages"
+from infra.clouds.local import Places
+
+CACHE = Places.of_user().cache / "test-packages"
 
 
 def installed_beside(*requirements: str, dependencies: bool = True) -> Path:

@@ -57,7 +57,7 @@ def _refuse_unsuited_to_gpus(service: Service, *, keys: tuple[str | int, ...]) -
         ("prefix_store", "keeps its prefixes on them", "gpus: 1, or leave it out"),
         ("attention", "computes attention by sdpa", "gpus: 1, or leave it out"),
     ):
-        if service.gpus > 1 and key in service.model_fields_set and getattr(service, key) not in (None, (), "sdpa"):
+        if service.gpus > 1 and getattr(service, key) != Service.model_fields[key].default:
             raise Misplaced(f"{split} {lacks}; {way_out}", *keys, key)
     if service.quantize and service.gpus:
         raise Misplaced(f"{WIDENED}, or runtime: vllm with a package that was quantised for it", *keys, "quantize")

@@ -39,6 +39,7 @@ class _Source(BaseModel):
 class Manifest(BaseModel):
     """What readers need of `manifest.json`."""
 
+    config_digest: str | None = None  # what it was made from, which `make_dataset` asks
     data_digest: str
     dtype: Literal["uint16", "uint32"]
     end_of_text: NonNegativeInt

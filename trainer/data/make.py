@@ -18,7 +18,7 @@ from trainer.data.encode import SPLITS, Done, Job, batched_rows, encode_in_proce
 from trainer.data.sources import Part, Reader, Row
 from trainer.data.tokenizer import TURN_MARKS, Vocabulary, trained_vocabulary, vocabulary_of
 from trainer.errors import Refused
-from trainer.files import describe_files, digest_of, fill_directory, read_json, sha256_of_file, write_json
+from trainer.files import describe_files, digest_of, fill_directory, sha256_of_file, write_json
 from trainer.log import Log
 
 TOKENIZER_BYTES = 256 << 20  # of text are enough to find the commonest pairs of a language
@@ -36,8 +36,7 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None =
     wanted = {"config": config.model_dump(mode="json"), "corpus": [r.version for r in readers], "format": _FORMAT}
     if base is not None:
         wanted["tokenizer"] = sha256_of_file(base / "tokenizer.json") if (base / "tokenizer.json").is_file() else None
-    manifest = read_json(out / "manifest.json")
-    skipped = manifest is not None and manifest.get("config_digest") == digest_of(wanted) and _is_whole(out)
+    skipped = _is_made(out, digest_of(wanted))
     if not skipped:
         making = _Making(config, readers, base, log)
         fill_directory(out, lambda directory: making.write(directory, digest_of(wanted)), last="manifest.json")
@@ -45,12 +44,12 @@ def make_dataset(config: DataConfig, out: Path, *, log: Log, base: Path | None =
     log.emit("done", stage="data", seconds=round(time.monotonic() - begun_s, 2), skipped=skipped)
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_made(directory: Path, config_digest: str) -> bool:
+    """Whether the whole dataset of that config is there."""
     try:
-        Dataset.open(directory, verify=False)
+        return Dataset.open(directory, verify=False).manifest.config_digest == config_digest
     except Refused:
         return False
-    return True
 
 
 class _Making:
